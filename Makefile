@@ -1,0 +1,32 @@
+# make notebook   execute distill.ipynb in place, figures included
+# make lab        open it in JupyterLab
+# make test       lint, then every test
+#
+# Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in DATA_ROOT
+# (default: data) and downloaded there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: notebook lab test clean
+
+notebook: $(VENV)/installed
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams distill.ipynb
+
+lab: $(VENV)/installed
+	$(BIN)/jupyter lab distill.ipynb
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) checkpoints
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@

@@ -1,0 +1,701 @@
+"""Dataset distillation: learn a few images that train a network, by differentiating through its training.
+
+After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). The pieces stand in the
+order the data flows:
+
+    data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits
+    networks        LeNet, fixed_initialization
+    distilled set   noise_start, real_start, DistilledSet
+    inner loop      unroll
+    outer loop      outer_loss, distill, History
+    evaluation      accuracy, evaluate, Accuracies
+    baselines       train
+    figures         draw_images, draw_history
+
+A *network factory* is any callable that takes no arguments and returns a freshly initialized `nn.Module`, whose
+output for images [n, c, h, w] is class scores [n, classes]. Images are "normalized" when `(pixel - mean) / std`
+has been applied to pixels in 0..1. Accuracies are in percent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import higher
+import matplotlib.pyplot as plt
+import safetensors
+import safetensors.torch
+import sklearn.datasets
+import sklearn.model_selection
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+NetworkFactory = Callable[[], nn.Module]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes cuda where there is one, else mps, else cpu."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Runs a block from `seed` and puts the caller's random state back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+class DatasetUnavailable(RuntimeError):
+    """A dataset is neither on disk nor can it be downloaded."""
+
+
+class Split(NamedTuple):
+    """Images and their labels, on one device."""
+
+    images: Tensor  # [n, c, h, w], float32, normalized
+    labels: Tensor  # [n], int64, 0..classes-1
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labelled image set held whole on one device, split three ways."""
+
+    name: str
+    mean: float  # of the training pixels, in 0..1
+    std: float
+    train: Split
+    validation: Split  # for every choice of a setting
+    test: Split  # for final figures alone
+
+    @property
+    def classes(self) -> int:
+        return int(self.train.labels.max()) + 1
+
+
+def make_dataset(
+    name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, validation: int, device: torch.device | str
+) -> Dataset:
+    """A `Dataset` from pixels [n, c, h, w] in 0..1 and integer labels [n], as (pixels, labels) pairs.
+
+    `validation` images are taken out of `train` by a fixed shuffle, the same in every run. Raises ValueError where
+    shapes or ranges are off.
+    """
+    for argument, (pixels, labels) in {"train": train, "test": test}.items():
+        require(
+            pixels.dim() == 4 and len(pixels) == len(labels) > 0,
+            f"{argument}: pixels {list(pixels.shape)}, labels {list(labels.shape)}; give [n, c, h, w] and [n], n > 0",
+        )
+        low, high = float(pixels.min()), float(pixels.max())
+        require(low >= 0 and high <= 1, f"{argument}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
+    pixels, labels = train
+    require(
+        0 < validation < len(pixels),
+        f"validation={validation}: hold out at least 1 and fewer than the {len(pixels)} training images",
+    )
+    mean, std = float(pixels.mean()), float(pixels.std())
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+
+    def split(pixels: Tensor, labels: Tensor) -> Split:
+        return Split(((pixels.float() - mean) / std).to(device), labels.long().to(device))
+
+    held_out, kept = order[:validation], order[validation:]
+    return Dataset(
+        name, mean, std, split(pixels[kept], labels[kept]), split(pixels[held_out], labels[held_out]), split(*test)
+    )
+
+
+def load_torchvision(
+    source: type[torchvision.datasets.MNIST], root: str | Path, *, device: torch.device | str, validation: int = 5000
+) -> Dataset:
+    """A torchvision dataset of MNIST's layout (`MNIST`, `FashionMNIST`, `KMNIST`), downloaded to `root` where missing.
+
+    Raises DatasetUnavailable, with the remedy, where it is neither in `root` nor downloadable.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            parts = [source(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise DatasetUnavailable(
+            f"{source.__name__} is not in root='{root}' and could not be downloaded there ({type(error).__name__}). "
+            f"Connect to the internet once, or copy a folder {source.__name__}/raw with its four files into root."
+        ) from error
+    train, test = ((part.data[:, None].float() / 255, part.targets) for part in parts)
+    return make_dataset(source.__name__, train, test, validation=validation, device=device)
+
+
+def load_mnist(root: str | Path, *, device: torch.device | str) -> Dataset:
+    """MNIST from `root`, downloaded where missing: 55,000 training, 5,000 validation and 10,000 test images.
+
+    Raises DatasetUnavailable as `load_torchvision` does.
+    """
+    return load_torchvision(torchvision.datasets.MNIST, root, device=device)
+
+
+def load_digits(*, device: torch.device | str) -> Dataset:
+    """scikit-learn's bundled handwritten digits, 8×8 scans resized to 28×28: 1,297 train, 200 validation, 300 test."""
+    digits = sklearn.datasets.load_digits()
+    pixels = torch.from_numpy(digits.images).float()[:, None] / 16  # [1797, 1, 8, 8]
+    pixels = F.interpolate(pixels, size=(28, 28), mode="bilinear")
+    kept, held_out = sklearn.model_selection.train_test_split(
+        range(len(pixels)), test_size=300, random_state=0, stratify=digits.target
+    )
+    labels = torch.from_numpy(digits.target)
+    train, test = ((pixels[rows], labels[rows]) for rows in (kept, held_out))
+    return make_dataset("scikit-learn digits", train, test, validation=200, device=device)
+
+
+# ------------------------------------------------------------------------------------------ networks
+
+
+class LeNet(nn.Sequential):
+    """The paper's LeNet for 28×28 images: Xavier-normal weights, zero biases, drawn from torch's random state."""
+
+    def __init__(self, *, classes: int = 10, channels: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),  # [n, 6, 14, 14]
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),  # [n, 16, 5, 5]
+            nn.Flatten(),
+            nn.Linear(400, 120), nn.ReLU(),
+            nn.Linear(120, 84), nn.ReLU(),
+            nn.Linear(84, classes),
+        )  # fmt: skip
+        for parameter in self.parameters():
+            nn.init.xavier_normal_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+
+
+def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkFactory:
+    """A factory that returns copies of one network drawn from `seed`: the paper's known initialization."""
+    with seeded(seed):
+        network = make_network()
+    return lambda: copy.deepcopy(network)
+
+
+# ------------------------------------------------------------------------------------- distilled set
+
+
+def real_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random training images [steps, n, c, h, w] and one-hot labels [steps, n, classes], n = per_class × classes.
+
+    No image is drawn twice. Raises ValueError where a class has too few.
+    """
+    wanted = steps * per_class
+    generator = torch.Generator().manual_seed(seed)
+    columns = []  # one [wanted] tensor of rows of the training set for each class
+    for label in range(dataset.classes):
+        rows = (dataset.train.labels == label).nonzero().flatten().cpu()
+        require(
+            0 < wanted <= len(rows),
+            f"steps={steps} × per_class={per_class} asks for {wanted} images of class {label}, which has {len(rows)}",
+        )
+        columns.append(rows[torch.randperm(len(rows), generator=generator)[:wanted]])
+    rows = torch.stack(columns, dim=-1).reshape(steps, per_class * dataset.classes)
+    return dataset.train.images[rows], F.one_hot(dataset.train.labels[rows], dataset.classes).float()
+
+
+def noise_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Standard normal pixels in the shape of `real_start`, the paper's start, with the same labels."""
+    labels = torch.eye(dataset.classes).repeat(steps, per_class, 1)
+    shape = (*labels.shape[:2], *dataset.train.images.shape[1:])
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return images.to(dataset.train.images), labels.to(dataset.train.images)
+
+
+class DistilledSet(nn.Module):
+    """What is learned: images, their labels where asked, and a positive step size for each update.
+
+    images:     [steps, n, c, h, w], normalized; step s trains on the n images of row s.
+    labels:     [steps, n, classes], probabilities. With `learn_labels` they become learned class scores, started
+                a little inside the given probabilities because a score for exactly 0 would be infinite.
+    epochs:     how often the steps are gone through; `updates` = steps × epochs.
+    step_size:  the start for every update, or one for each as a tensor [updates].
+    share_step_sizes: one step size per step, the same in every epoch, in place of one per update.
+    momentum:   of the inner loop's SGD, 0 ≤ momentum < 1.
+
+    Raises ValueError where shapes or ranges are off.
+    """
+
+    SMOOTHING = 0.1  # how far learned labels start from the given ones, towards uniform
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        epochs: int = 1,
+        step_size: float | Tensor = 0.02,
+        learn_labels: bool = False,
+        share_step_sizes: bool = False,
+        momentum: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require(images.dim() == 5, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]")
+        require(
+            labels.dim() == 3 and labels.shape[:2] == images.shape[:2],
+            f"labels: shape {list(labels.shape)} with images {list(images.shape)}; give [steps, n, classes]",
+        )
+        require(
+            bool((labels >= 0).all()) and torch.allclose(labels.sum(-1), torch.ones_like(labels[..., 0]), atol=1e-4),
+            "labels: give probabilities, which are at least 0 and add up to 1 for each image",
+        )
+        require(epochs >= 1, f"epochs={epochs}: give at least 1")
+        require(0 <= momentum < 1, f"momentum={momentum}: give at least 0 and less than 1")
+        self.steps, self.epochs, self.momentum = len(images), epochs, momentum
+        learned = self.steps if share_step_sizes else self.updates
+        step_sizes = torch.as_tensor(step_size, dtype=images.dtype, device=images.device)
+        require(
+            step_sizes.dim() == 0 or step_sizes.shape == (learned,),
+            f"step_size: shape {list(step_sizes.shape)}; give one number or [{learned}]",
+        )
+        require(
+            bool((step_sizes > 0).all() & step_sizes.isfinite().all()), f"step_size={step_size}: give positive numbers"
+        )
+        self.images = nn.Parameter(images.clone())
+        # The inverse of softplus, log(exp(s) - 1), in the form that does not overflow for a large s.
+        self.raw_step_sizes = nn.Parameter((step_sizes + (-torch.expm1(-step_sizes)).log()).expand(learned).clone())
+        if learn_labels:
+            smoothed = (1 - self.SMOOTHING) * labels + self.SMOOTHING / labels.shape[-1]
+            self.label_scores = nn.Parameter(smoothed.log())
+        else:
+            self.register_buffer("fixed_labels", labels.clone())
+
+    def extra_repr(self) -> str:
+        steps, n, *shape = self.images.shape
+        labels = "learned" if hasattr(self, "label_scores") else "fixed"
+        return (
+            f"{steps} steps of {n} images {shape}, {labels} labels, {self.epochs} epochs, "
+            f"{len(self.raw_step_sizes)} step sizes, momentum {self.momentum}"
+        )
+
+    @property
+    def updates(self) -> int:
+        """The number T of gradient steps in one unroll."""
+        return self.steps * self.epochs
+
+    @property
+    def labels(self) -> Tensor:
+        """[steps, n, classes], probabilities."""
+        return self.label_scores.softmax(-1) if hasattr(self, "label_scores") else self.fixed_labels
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """[updates], positive."""
+        sizes = F.softplus(self.raw_step_sizes)
+        return sizes.repeat(self.updates // len(sizes))
+
+    def schedule(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each update in turn: images [n, c, h, w], labels [n, classes] and the step size []."""
+        labels = self.labels
+        for update, step_size in enumerate(self.step_sizes):
+            step = update % self.steps
+            yield self.images[step], labels[step], step_size
+
+    def save(self, path: str | Path, *, dataset: Dataset, network: str, seed: int, command: str) -> None:
+        """Writes one safetensors file: `images`, `labels`, `step_sizes` [updates], and how they were made.
+
+        `network` names the architecture, `command` is what a reader runs to make the file again.
+        """
+        tensors = {"images": self.images, "labels": self.labels, "step_sizes": self.step_sizes}
+        metadata = {
+            "dataset": dataset.name,
+            "mean": repr(dataset.mean),
+            "std": repr(dataset.std),
+            "epochs": str(self.epochs),
+            "network": network,
+            "inner_optimizer": "SGD",
+            "momentum": repr(self.momentum),
+            "seed": str(seed),
+            "versions": " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher")),
+            "command": command,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_write(path) as partial:
+            safetensors.torch.save_file(tensors, partial, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> DistilledSet:
+        """The set that `save` wrote, ready for `evaluate`. Raises ValueError where the file is not whole and sound."""
+        try:
+            with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"path='{path}': not a whole safetensors file ({error}); copy it again") from error
+        for kind, wanted, found in (
+            ("tensors", {"images", "labels", "step_sizes"}, tensors),
+            ("metadata", {"epochs", "momentum"}, metadata),
+        ):
+            missing = sorted(wanted - set(found))
+            require(
+                not missing, f"path='{path}': no {kind} named {', '.join(missing)}; write it with DistilledSet.save"
+            )
+        for name, tensor in tensors.items():
+            require(bool(tensor.isfinite().all()), f"path='{path}': '{name}' holds values that are not finite")
+        try:
+            return cls(
+                tensors["images"],
+                tensors["labels"],
+                epochs=int(metadata["epochs"]),
+                step_size=tensors["step_sizes"],
+                momentum=float(metadata["momentum"]),
+            )
+        except ValueError as error:
+            raise ValueError(f"path='{path}': {error}") from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Gives a neighbouring path to write to, and puts it in the place of `path` only once it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
+# ---------------------------------------------------------------------------------------- inner loop
+
+
+def unroll(network: nn.Module, distilled: DistilledSet, *, track_higher_grads: bool = True) -> nn.Module:
+    """Trains `network` on the distilled set; returns the trained network, `network` itself is left as it was.
+
+    The inner loop of Algorithm 1, θ_{t+1} = θ_t - η_t ∇ℓ(x_t, y_t; θ_t) for t = 0..T-1. With `track_higher_grads`
+    the result is a differentiable function of the distilled set, and memory grows with T; without, it is plain
+    training on the same path.
+    """
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=distilled.momentum)  # lr: see override
+    with higher.innerloop_ctx(network, optimizer, track_higher_grads=track_higher_grads) as (trained, inner):
+        for images, labels, step_size in distilled.schedule():
+            loss = F.cross_entropy(trained(images), labels)
+            inner.step(loss, override={"lr": [step_size]})
+    return trained
+
+
+# ---------------------------------------------------------------------------------------- outer loop
+
+
+def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split) -> Tensor:
+    """The loss [] on real data of `network` once trained on the distilled set: L(θ_T), what Algorithm 1 lowers."""
+    return F.cross_entropy(unroll(network, distilled)(real.images), real.labels)
+
+
+def outer_gradient(distilled: DistilledSet, make_network: NetworkFactory, batches: list[Split]) -> float:
+    """The mean outer loss over one fresh network for each real batch; leaves its gradient in `distilled`."""
+    distilled.zero_grad()
+    mean_loss = 0.0
+    for real in batches:
+        network = make_network().to(real.images.device)
+        loss = outer_loss(network, distilled, real) / len(batches)
+        loss.backward()  # here, not after the loop: one network's graph in memory at a time
+        mean_loss += loss.item()
+    return mean_loss
+
+
+def distill(
+    distilled: DistilledSet,
+    dataset: Dataset,
+    make_network: NetworkFactory,
+    *,
+    iterations: int,
+    networks: int = 1,
+    batch_size: int = 256,
+    learning_rate: float = 0.03,
+    step_size_learning_rate: float = 0.01,
+    validate_every: int = 100,
+    validation_networks: int = 5,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Algorithm 1's outer loop: improves `distilled` in place and returns how it went.
+
+    networks:                initializations drawn per iteration, their gradients averaged
+    batch_size:              real images drawn for each of them
+    learning_rate:           Adam's for images and learned labels, falling to 0 along a half cosine
+    step_size_learning_rate: the same for step sizes: roughly, their relative change in one iteration
+    validate_every:          iterations between validations, each on the same `validation_networks` networks
+    checkpoint:              a file, written at each validation and at the end; where it is there already, the run
+                             goes on from it, on CPU to the bit-identical result
+    progress:                shows a bar with the outer loss and the last validation accuracy
+
+    Ctrl-C ends the run after the iteration at hand. Raises ValueError for bad arguments or another run's checkpoint,
+    FloatingPointError where training diverges (`distilled` is then as the last good iteration left it).
+    """
+    settings = {
+        "dataset": dataset.name, "distilled": distilled.extra_repr(), "iterations": iterations, "networks": networks,
+        "batch_size": batch_size, "learning_rate": learning_rate, "step_size_learning_rate": step_size_learning_rate,
+        "validate_every": validate_every, "validation_networks": validation_networks, "seed": seed,
+    }  # fmt: skip
+    for name in settings.keys() - {"dataset", "distilled", "seed"}:
+        require(settings[name] > 0, f"{name}={settings[name]}: give more than 0")
+    content = [parameter for parameter in distilled.parameters() if parameter is not distilled.raw_step_sizes]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": content, "lr": learning_rate},
+            {"params": [distilled.raw_step_sizes], "lr": step_size_learning_rate},
+        ]
+    )
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    history = History()
+    saved = Checkpoint(checkpoint, settings, [distilled, optimizer, cosine, history])
+
+    with seeded(seed), stop_on_interrupt() as interrupted:
+        saved.resume()
+        done = len(history.loss)
+        todo = tqdm(
+            range(done, iterations), initial=done, total=iterations, disable=not progress, file=sys.stdout, ncols=100
+        )
+        for iteration in todo:
+            if iteration % validate_every == 0:
+                history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
+                saved.write()
+            batches = [draw_batch(dataset.train, batch_size) for _ in range(networks)]
+            loss = outer_gradient(distilled, make_network, batches)
+            norm = history.clip_gradient(distilled)
+            if not math.isfinite(loss + norm):
+                raise FloatingPointError(
+                    f"iteration {iteration}: outer loss {loss:g}, gradient norm {norm:g}. The inner loop diverged; its "
+                    f"step sizes go up to {distilled.step_sizes.max().item():.3g}: start from a lower step_size=, or "
+                    f"lower learning_rate={learning_rate} and step_size_learning_rate={step_size_learning_rate}"
+                )
+            optimizer.step()
+            cosine.step()
+            history.loss.append(loss)
+            todo.set_postfix_str(f"loss {loss:.3f}, validation {history.accuracy[-1]:.1f}%", refresh=False)
+            if interrupted.is_set():
+                break
+        else:
+            history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
+        saved.write()
+    return history
+
+
+def draw_batch(split: Split, batch_size: int) -> Split:
+    """`batch_size` random rows of `split`, with replacement; drawn on the CPU, so that every device sees the same."""
+    rows = torch.randint(len(split.labels), (batch_size,)).to(split.labels.device)
+    return Split(split.images[rows], split.labels[rows])
+
+
+@dataclass
+class History:
+    """What `distill` saw: the loss at each iteration, the lists below it at each validation."""
+
+    loss: list[float] = field(default_factory=list)  # outer loss, mean over the iteration's networks
+    iterations: list[int] = field(default_factory=list)  # how many were done, from 0
+    accuracy: list[float] = field(default_factory=list)  # percent, mean over the validation networks
+    images: list[Tensor] = field(default_factory=list)  # [steps, n, c, h, w] each, on the CPU
+    step_sizes: list[Tensor] = field(default_factory=list)  # [updates] each, on the CPU
+    running_norm: float = math.inf  # of the clipped gradient, see clip_gradient
+
+    def validate(self, distilled: DistilledSet, split: Split, make_network: NetworkFactory, *, networks: int) -> None:
+        """Adds one entry to each list of validations, unless a resumed run has it already."""
+        if self.iterations[-1:] == [len(self.loss)]:
+            return
+        self.iterations.append(len(self.loss))
+        self.accuracy.append(evaluate(distilled, split, make_network, networks=networks).mean)
+        self.images.append(distilled.images.detach().cpu().clone())
+        self.step_sizes.append(distilled.step_sizes.detach().cpu())
+
+    def clip_gradient(self, distilled: DistilledSet) -> float:
+        """Scales the gradient down to at most twice its running norm; returns the norm it had.
+
+        Unrolled training now and then gives a gradient a hundred times the usual one, and Adam would remember it
+        for a thousand iterations. The rule is that of RaT-BPTT (Feng, Vedantam and Kempe 2024).
+        """
+        norm = float(nn.utils.clip_grad_norm_(distilled.parameters(), 2 * self.running_norm))
+        clipped = min(norm, 2 * self.running_norm)
+        self.running_norm = clipped if math.isinf(self.running_norm) else 0.9 * self.running_norm + 0.1 * clipped
+        return norm
+
+    def state_dict(self) -> dict:
+        return vars(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The file from which `distill` goes on: settings, torch's random state, and the state of each part."""
+
+    path: str | Path | None
+    settings: dict
+    parts: list  # each with state_dict and load_state_dict
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        states = [part.state_dict() for part in self.parts]
+        with atomic_write(self.path) as partial:
+            torch.save({"settings": self.settings, "random": torch.get_rng_state(), "states": states}, partial)
+
+    def resume(self) -> None:
+        """Puts everything back where the file is there; raises ValueError where it is another run's, or broken."""
+        if self.path is None or not Path(self.path).exists():
+            return
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings, random, states = saved["settings"], saved["random"], saved["states"]
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"checkpoint='{self.path}': no checkpoint of distill; delete it or name another"
+            ) from error
+        changed = [
+            f"{name}={settings.get(name)} there, {value} here"
+            for name, value in self.settings.items()
+            if settings.get(name) != value
+        ]
+        require(
+            not changed,
+            f"checkpoint='{self.path}' is another run's ({'; '.join(changed)}); "
+            "name another file, or delete this one to start anew",
+        )
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(random)
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C sets the event given, so that work ends whole; a second Ctrl-C interrupts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield interrupted
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracies of several networks; `std` is their spread, not the error of the mean."""
+
+    values: Tensor  # [networks], percent
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def std(self) -> float:
+        return float(self.values.std()) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        spread = f" ± {self.std:.1f}" if len(self.values) > 1 else ""
+        return f"{self.mean:.1f}{spread}%"
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, split: Split, *, batch_size: int = 2000) -> float:
+    """The percentage of `split` that `network` classifies as labelled."""
+    chunks = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    right = sum(int((network(images).argmax(-1) == labels).sum()) for images, labels in chunks)
+    return 100 * right / len(split.labels)
+
+
+def evaluate(
+    distilled: DistilledSet, split: Split, make_network: NetworkFactory, *, networks: int = 100, seed: int = 10_000
+) -> Accuracies:
+    """Accuracies on `split` of `networks` fresh networks, each trained on `distilled` as it was distilled.
+
+    The networks are drawn from `seed`, by default one that no `distill` above uses.
+    """
+    require(networks > 0, f"networks={networks}: give more than 0")
+    values = []
+    with seeded(seed):
+        for _ in range(networks):
+            network = make_network().to(split.images.device)
+            values.append(accuracy(unroll(network, distilled, track_higher_grads=False), split))
+    return Accuracies(torch.tensor(values))
+
+
+# ----------------------------------------------------------------------------------------- baselines
+
+
+def train(
+    network: nn.Module,
+    split: Split,
+    *,
+    epochs: int,
+    batch_size: int = 64,
+    step_size: float = 0.05,
+    momentum: float = 0.9,
+) -> nn.Module:
+    """Trains `network` in place by ordinary shuffled SGD, and returns it; the order is torch's random state's."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=step_size, momentum=momentum)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(network(split.images[rows]), split.labels[rows]).backward()
+            optimizer.step()
+    return network
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+
+def draw_images(panels: dict[str, Tensor], *, columns: int = 10, low: float = -2.0, high: float = 4.0) -> Figure:
+    """Titled grids side by side of images [..., c, h, w], normalized; `low` is drawn black, `high` white."""
+    figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", figsize=(4 * len(panels), 4.4))
+    for axis, (title, images) in zip(axes[0], panels.items(), strict=True):
+        flat = images.detach().cpu().flatten(0, -4)
+        grid = torchvision.utils.make_grid(flat, columns, normalize=True, value_range=(low, high), pad_value=0.5)
+        axis.imshow(grid.permute(1, 2, 0).numpy())
+        axis.set_title(title)
+        axis.axis("off")
+    return figure
+
+
+def draw_history(histories: dict[str, History], *, smoothing: int = 20) -> Figure:
+    """Outer loss, as a mean over `smoothing` iterations, and validation accuracy, of several runs."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    for title, history in histories.items():
+        means = torch.tensor(history.loss).unfold(0, min(smoothing, len(history.loss)), 1).mean(-1)
+        left.plot(range(len(history.loss) - len(means) + 1, len(history.loss) + 1), means.tolist(), label=title)
+        right.plot(history.iterations, history.accuracy, marker=".", label=title)
+    left.set(xlabel="outer iteration", ylabel=f"outer loss, mean over {smoothing}", yscale="log")
+    right.set(xlabel="outer iteration", ylabel="validation accuracy (%)")
+    right.legend()
+    return figure

@@ -1,0 +1,161 @@
+"""The distilled set: its starts, its parameters, its file."""
+
+import pytest
+import safetensors.torch
+import torch
+
+import distill_utils as du
+
+
+def make_set(toy, **options) -> du.DistilledSet:
+    return du.DistilledSet(*du.real_start(toy, steps=2), **{"epochs": 2, "step_size": 0.1, **options})
+
+
+def test_real_start_takes_every_class_once_a_step_and_no_image_twice(toy):
+    images, labels = du.real_start(toy, steps=3, per_class=2, seed=5)
+    assert images.shape == (3, 6, 1, 4, 4)
+    assert labels.sum(1).tolist() == [[2, 2, 2]] * 3
+    assert len(images.flatten(0, 1).unique(dim=0)) == 18
+    assert all(any(torch.equal(image, real) for real in toy.train.images) for image in images.flatten(0, 1))
+    assert torch.equal(images, du.real_start(toy, steps=3, per_class=2, seed=5)[0])
+    assert not torch.equal(images, du.real_start(toy, steps=3, per_class=2, seed=6)[0])
+
+
+def test_real_start_labels_are_the_images_own(toy):
+    images, labels = du.real_start(toy, steps=2)
+    brightest = images.mean(-1).flatten(2).argmax(-1)  # class k of the toy set has row k bright
+    assert torch.equal(brightest, labels.argmax(-1))
+
+
+def test_noise_start_is_standard_normal_and_repeatable(toy):
+    images, _ = du.noise_start(toy, steps=10, per_class=2, seed=1)
+    assert abs(float(images.mean())) < 0.1
+    assert float(images.std()) == pytest.approx(1, abs=0.1)
+    assert torch.equal(images, du.noise_start(toy, steps=10, per_class=2, seed=1)[0])
+
+
+def test_start_asks_for_no_more_than_there_is(toy):
+    with pytest.raises(ValueError, match=r"steps=99 × per_class=1 asks for 99 images of class 0, which has"):
+        du.real_start(toy, steps=99)
+
+
+@pytest.mark.parametrize("step_size", [1e-4, 0.02, 1.0, 200.0])
+def test_step_sizes_start_where_asked(toy, step_size):
+    distilled = make_set(toy, step_size=step_size)
+    torch.testing.assert_close(distilled.step_sizes, torch.full((4,), step_size), rtol=1e-4, atol=0)
+
+
+def test_schedule_goes_through_the_steps_epoch_by_epoch(toy):
+    distilled = make_set(toy, step_size=torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    schedule = list(distilled.schedule())
+    assert [float(step_size.detach()) for *_, step_size in schedule] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    for update, step in enumerate([0, 1, 0, 1]):
+        assert torch.equal(schedule[update][0], distilled.images[step])
+        assert torch.equal(schedule[update][1], distilled.labels[step])
+
+
+def test_shared_step_sizes_are_one_per_step(toy):
+    distilled = make_set(toy, step_size=torch.tensor([0.1, 0.2]), share_step_sizes=True)
+    assert distilled.raw_step_sizes.shape == (2,)
+    torch.testing.assert_close(distilled.step_sizes, torch.tensor([0.1, 0.2, 0.1, 0.2]))
+
+
+def test_labels_are_learned_only_where_asked(toy):
+    fixed, learned = make_set(toy), make_set(toy, learn_labels=True)
+    assert {name for name, _ in fixed.named_parameters()} == {"images", "raw_step_sizes"}
+    assert {name for name, _ in learned.named_parameters()} == {"images", "raw_step_sizes", "label_scores"}
+    torch.testing.assert_close(learned.labels.sum(-1), torch.ones(2, 3))
+    assert torch.equal(learned.labels.argmax(-1), fixed.labels.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs=0: give at least 1"),
+        ({"momentum": 1.0}, r"momentum=1\.0: give at least 0 and less than 1"),
+        ({"step_size": -0.1}, r"step_size=-0\.1: give positive numbers"),
+        ({"step_size": float("nan")}, "step_size=nan: give positive numbers"),
+        ({"step_size": torch.ones(3)}, r"step_size: shape \[3\]; give one number or \[4\]"),
+    ],
+)
+def test_bad_options_are_named(toy, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_set(toy, **options)
+
+
+def test_bad_shapes_are_named(toy):
+    images, labels = du.real_start(toy, steps=2)
+    with pytest.raises(ValueError, match=r"images: shape \[3, 1, 4, 4\]; give \[steps, n, c, h, w\]"):
+        du.DistilledSet(images[0], labels)
+    with pytest.raises(ValueError, match=r"labels: shape \[2, 2, 3\] with images \[2, 3, 1, 4, 4\]"):
+        du.DistilledSet(images, labels[:, :2])
+
+
+def save(distilled, toy, path):
+    distilled.save(path, dataset=toy, network="Smooth", seed=7, command="pytest")
+
+
+def test_save_and_load_give_the_same_training(toy, smooth, tmp_path):
+    distilled = make_set(toy, learn_labels=True, share_step_sizes=True, step_size=0.5, momentum=0.5)
+    save(distilled, toy, tmp_path / "new" / "toy.safetensors")
+    loaded = du.DistilledSet.load(tmp_path / "new" / "toy.safetensors")
+
+    assert (loaded.epochs, loaded.momentum) == (2, 0.5)
+    assert torch.equal(loaded.images, distilled.images)
+    assert torch.equal(loaded.labels, distilled.labels)
+    torch.testing.assert_close(loaded.step_sizes, distilled.step_sizes, rtol=1e-5, atol=0)
+    before = du.evaluate(distilled, toy.test, smooth, networks=3).values
+    torch.testing.assert_close(du.evaluate(loaded, toy.test, smooth, networks=3).values, before)
+
+
+def test_the_file_is_readable_without_this_project(toy, tmp_path):
+    path = tmp_path / "toy.safetensors"
+    save(make_set(toy), toy, path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        assert sorted(file.keys()) == ["images", "labels", "step_sizes"]
+        assert file.get_tensor("images").shape == (2, 3, 1, 4, 4)
+        assert file.get_tensor("labels").shape == (2, 3, 3)
+        assert file.get_tensor("step_sizes").shape == (4,)
+    assert metadata["dataset"] == "toy"
+    assert float(metadata["mean"]) == toy.mean
+    assert metadata["epochs"] == "2"
+    assert metadata["inner_optimizer"] == "SGD"
+    assert metadata["seed"] == "7"
+    assert f"torch=={torch.__version__.split('+')[0]}" in metadata["versions"]
+
+
+def test_a_truncated_file_is_refused(toy, tmp_path):
+    path = tmp_path / "toy.safetensors"
+    save(make_set(toy), toy, path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"toy\.safetensors': not a whole safetensors file"):
+        du.DistilledSet.load(path)
+
+
+def rewrite(path, *, drop=(), metadata_drop=(), **changes):
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if name not in metadata_drop}
+    tensors = {name: t for name, t in safetensors.torch.load_file(path).items() if name not in drop}
+    safetensors.torch.save_file({**tensors, **changes}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_sizes": torch.ones(3)}, r"step_size: shape \[3\]; give one number or \[4\]"),
+        ({"labels": torch.ones(2, 3)}, r"labels: shape \[2, 3\]"),
+        ({"images": torch.full((2, 3, 1, 4, 4), float("nan"))}, "'images' holds values that are not finite"),
+        ({"step_sizes": torch.full((4,), float("inf"))}, "'step_sizes' holds values that are not finite"),
+        ({"step_sizes": torch.tensor([0.1, 0.1, 0.1, -0.1])}, "give positive numbers"),
+        ({"labels": torch.ones(2, 3, 3)}, "give probabilities"),
+        ({"drop": ["labels"]}, "no tensors named labels"),
+        ({"metadata_drop": ["epochs"]}, "no metadata named epochs"),
+    ],
+)
+def test_an_unsound_file_is_refused(toy, tmp_path, changes, message):
+    path = tmp_path / "toy.safetensors"
+    save(make_set(toy), toy, path)
+    rewrite(path, **changes)
+    with pytest.raises(ValueError, match=rf"toy\.safetensors': .*{message}"):
+        du.DistilledSet.load(path)

@@ -1,0 +1,63 @@
+"""Networks, their training and their evaluation."""
+
+import pytest
+import torch
+from torch import nn
+
+import distill_utils as du
+
+
+def test_lenet_is_the_papers():
+    network = du.LeNet()
+    shapes = [list(parameter.shape) for parameter in network.parameters()]
+    assert shapes == [[6, 1, 5, 5], [6], [16, 6, 5, 5], [16], [120, 400], [120], [84, 120], [84], [10, 84], [10]]
+    assert network(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert all(not parameter.any() for parameter in network.parameters() if parameter.dim() == 1)
+    weight = network[7].weight  # 400 → 120; Xavier: variance 2 / (fan in + fan out)
+    assert float(weight.detach().std()) == pytest.approx((2 / 520) ** 0.5, rel=0.02)
+
+
+def test_auto_device_is_one_that_is_there():
+    device = du.pick_device("auto")
+    assert torch.zeros(1, device=device).sum() == 0
+    assert du.pick_device("cpu") == torch.device("cpu")
+
+
+def test_accuracy_counts_the_whole_split(toy):
+    class Bright(nn.Module):
+        def forward(self, images):
+            return images.mean((1, 3))[:, :3]  # class k of the toy set has row k bright
+
+    assert du.accuracy(Bright(), toy.test) == 100
+    wrong = du.Split(toy.test.images, (toy.test.labels + (torch.arange(30) < 6)) % 3)
+    assert du.accuracy(Bright(), wrong) == 80
+    assert du.accuracy(Bright(), wrong, batch_size=7) == 80
+
+
+def test_evaluate_draws_fresh_networks_and_repeats_them(toy, smooth):
+    distilled = du.DistilledSet(*du.real_start(toy, steps=1), step_size=0.05)
+    accuracies = du.evaluate(distilled, toy.test, smooth, networks=8)
+    assert len(accuracies.values) == 8
+    assert accuracies.std > 0
+    assert torch.equal(accuracies.values, du.evaluate(distilled, toy.test, smooth, networks=8).values)
+    assert not torch.equal(accuracies.values, du.evaluate(distilled, toy.test, smooth, networks=8, seed=1).values)
+    assert str(du.Accuracies(torch.tensor([90.0, 92.0]))) == "91.0 ± 1.4%"
+    assert str(du.Accuracies(torch.tensor([90.0]))) == "90.0%"
+    with pytest.raises(ValueError, match="networks=0: give more than 0"):
+        du.evaluate(distilled, toy.test, smooth, networks=0)
+
+
+def test_train_learns(toy, smooth):
+    network = du.train(smooth(), toy.train, epochs=20, batch_size=10)
+    assert du.accuracy(network, toy.test) > 95
+
+
+def test_figures_are_drawn_and_labelled(toy, smooth):
+    history = du.distill(
+        du.DistilledSet(*du.real_start(toy, steps=1)), toy, smooth, iterations=3, batch_size=8, progress=False
+    )
+    figure = du.draw_history({"a run": history})
+    assert [axis.get_xlabel() for axis in figure.axes] == ["outer iteration"] * 2
+    assert all(axis.get_ylabel() for axis in figure.axes)
+    figure = du.draw_images({"first": history.images[0], "last": history.images[-1]}, columns=3)
+    assert [axis.get_title() for axis in figure.axes] == ["first", "last"]

@@ -1,0 +1,225 @@
+"""The outer loop: repeatable, resumable, interruptible, and better than what it starts from."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distill_utils as du
+
+SETTINGS = {"iterations": 12, "networks": 2, "batch_size": 16, "validate_every": 5, "progress": False, "seed": 3}
+
+
+def start(toy, **options) -> du.DistilledSet:
+    return du.DistilledSet(*du.noise_start(toy, steps=2), **{"epochs": 2, "step_size": 0.2, **options})
+
+
+def assert_same(first: du.DistilledSet, second: du.DistilledSet) -> None:
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_two_seeded_runs_are_bitwise_equal(toy, smooth):
+    runs = [start(toy), start(toy)]
+    histories = []
+    for run in runs:
+        torch.rand(torch.randint(9, ()))  # whatever the caller drew before
+        histories.append(du.distill(run, toy, smooth, **SETTINGS))
+    assert_same(*runs)
+    assert histories[0].loss == histories[1].loss
+    assert histories[0].accuracy == histories[1].accuracy
+
+
+def test_another_seed_gives_another_result(toy, smooth):
+    runs = [start(toy), start(toy)]
+    du.distill(runs[0], toy, smooth, **SETTINGS)
+    du.distill(runs[1], toy, smooth, **{**SETTINGS, "seed": 4})
+    assert not torch.equal(runs[0].images, runs[1].images)
+
+
+def test_the_callers_random_state_is_left_alone(toy, smooth):
+    before = torch.get_rng_state()
+    du.distill(start(toy), toy, smooth, **SETTINGS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_history_has_one_entry_for_each_iteration_and_validation(toy, smooth):
+    distilled = start(toy)
+    history = du.distill(distilled, toy, smooth, **SETTINGS)
+    assert len(history.loss) == 12
+    assert history.iterations == [0, 5, 10, 12]
+    assert len(history.accuracy) == len(history.images) == len(history.step_sizes) == 4
+    assert torch.equal(history.images[0], start(toy).images)
+    assert torch.equal(history.images[-1], distilled.images)
+    assert torch.equal(history.step_sizes[-1], distilled.step_sizes)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing in the module catches it."""
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_labels": True, "share_step_sizes": True, "momentum": 0.5}])
+@pytest.mark.parametrize("killed_at", [8, 18, 40])  # networks drawn: in an iteration, a validation, near the end
+def test_a_killed_run_resumes_to_the_bit_identical_result(toy, smooth, tmp_path, killed_at, options):
+    whole = start(toy, **options)
+    expected = du.distill(whole, toy, smooth, **SETTINGS)
+
+    drawn = []
+
+    def dying():
+        drawn.append(1)
+        if len(drawn) == killed_at:
+            raise Killed
+        return smooth()
+
+    with pytest.raises(Killed):
+        du.distill(start(toy, **options), toy, dying, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    resumed = start(toy, **options)
+    history = du.distill(resumed, toy, smooth, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    assert_same(resumed, whole)
+    assert history.loss == expected.loss
+    assert history.iterations == expected.iterations
+    assert history.accuracy == expected.accuracy
+
+
+def test_a_process_killed_outright_resumes(toy, tmp_path):
+    """SIGKILL in the middle of a run, then the same call in a second process."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch, distill_utils as du\n"
+        "digits = du.load_digits(device='cpu')\n"
+        "distilled = du.DistilledSet(*du.noise_start(digits, steps=1))\n"
+        "du.distill(distilled, digits, du.LeNet, iterations=40, batch_size=16, validate_every=10,\n"
+        "           validation_networks=1, checkpoint=sys.argv[1], progress=False)\n"
+        "torch.save(distilled.state_dict(), sys.argv[2])\n"
+    )
+
+    def launch(checkpoint: str, result: str) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(tmp_path / checkpoint), str(tmp_path / result)]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(du.__file__).parent)})
+
+    first = launch("run.pt", "result")
+    while not (tmp_path / "run.pt").exists():
+        assert first.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    assert first.wait(120) == -signal.SIGKILL
+    assert not (tmp_path / "result").exists()
+    assert launch("run.pt", "result").wait(120) == 0
+    assert launch("whole.pt", "whole").wait(120) == 0
+    whole, resumed = torch.load(tmp_path / "whole"), torch.load(tmp_path / "result")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_interrupt_returns_what_was_learned_and_a_second_call_goes_on(toy, smooth, tmp_path):
+    whole = start(toy)
+    expected = du.distill(whole, toy, smooth, **SETTINGS)
+    made = []
+
+    def interrupting():
+        made.append(1)
+        if len(made) == 13:
+            signal.raise_signal(signal.SIGINT)  # what Ctrl-C, or Jupyter's stop button, sends
+        return smooth()
+
+    distilled = start(toy)
+    history = du.distill(distilled, toy, interrupting, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    assert 0 < len(history.loss) < 12
+    assert not torch.equal(distilled.images, start(toy).images)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    history = du.distill(distilled, toy, smooth, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    assert history.loss == expected.loss
+    assert_same(distilled, whole)
+
+
+def test_it_runs_outside_the_main_thread(toy, smooth):
+    distilled = start(toy)
+    thread = threading.Thread(target=du.distill, args=(distilled, toy, smooth), kwargs=SETTINGS)
+    thread.start()
+    thread.join()
+    assert not torch.equal(distilled.images, start(toy).images)
+
+
+def test_another_runs_checkpoint_is_refused(toy, smooth, tmp_path):
+    path = tmp_path / "run.pt"
+    du.distill(start(toy), toy, smooth, checkpoint=path, **SETTINGS)
+    with pytest.raises(ValueError, match=r"another run's \(batch_size=16 there, 8 here\); name another file"):
+        du.distill(start(toy), toy, smooth, checkpoint=path, **{**SETTINGS, "batch_size": 8})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no checkpoint of distill; delete it"):
+        du.distill(start(toy), toy, smooth, checkpoint=path, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["iterations", "networks", "batch_size", "learning_rate", "validate_every"])
+def test_bad_settings_are_named_before_any_work(toy, name):
+    def no_network():
+        pytest.fail("work had begun")
+
+    with pytest.raises(ValueError, match=f"{name}=0: give more than 0"):
+        du.distill(start(toy), toy, no_network, **{**SETTINGS, name: 0})
+
+
+def test_divergence_names_the_iteration_and_the_remedy(toy, smooth):
+    distilled = start(toy, step_size=1e30)
+    with pytest.raises(FloatingPointError, match=r"iteration 0: outer loss .*start from a lower step_size="):
+        du.distill(distilled, toy, smooth, **SETTINGS)
+    assert torch.equal(distilled.images, start(toy).images)
+
+
+def test_a_fixed_initialization_is_always_the_same_one(toy, smooth):
+    factory = du.fixed_initialization(smooth, seed=1)
+    first, second = factory(), factory()
+    assert first is not second
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    with torch.no_grad():
+        first[1].weight.zero_()
+    assert all(map(torch.equal, factory().parameters(), second.parameters()))
+    accuracies = du.evaluate(start(toy), toy.test, factory, networks=3)
+    assert accuracies.std == 0
+
+
+def test_gradient_clipping_holds_an_outlier_to_twice_the_running_norm(toy):
+    history, distilled = du.History(), start(toy)
+
+    def clipped(norm):
+        for parameter in distilled.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        distilled.images.grad.view(-1)[0] = norm
+        assert history.clip_gradient(distilled) == pytest.approx(norm)
+        return float(distilled.images.grad.norm())
+
+    assert clipped(3.0) == pytest.approx(3.0, rel=1e-4)
+    assert clipped(1000.0) == pytest.approx(6.0, rel=1e-4)
+    assert history.running_norm == pytest.approx(0.9 * 3 + 0.1 * 6)
+
+
+class MLP(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def test_distilled_digits_beat_random_real_digits():
+    """10 images and 3 updates: 20 points above the random real images they started from, at their best step size."""
+    digits = du.load_digits(device="cpu")
+    images, labels = du.real_start(digits, steps=1)
+
+    def real(step_size: float) -> du.DistilledSet:
+        return du.DistilledSet(images, labels, epochs=3, step_size=step_size)
+
+    def validate(step_size: float) -> float:
+        return du.evaluate(real(step_size), digits.validation, MLP, networks=5).mean
+
+    best = max((0.02, 0.05, 0.1, 0.2), key=validate)
+    distilled = real(0.05)
+    du.distill(distilled, digits, MLP, iterations=200, progress=False)
+    baseline, result = (du.evaluate(each, digits.test, MLP, networks=20) for each in (real(best), distilled))
+    assert result.mean > baseline.mean + 20, (str(result), str(baseline))
