@@ -201,6 +201,16 @@ def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkF
     return lambda: copy.deepcopy(network)
 
 
+def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Module:
+    """A new network of the factory's, on `device`; raises ValueError where a network was given in its place."""
+    require(
+        not isinstance(make_network, nn.Module),
+        f"make_network={type(make_network).__name__}(...): give the factory, {type(make_network).__name__}, "
+        "or for a known initialization fixed_initialization(...)",
+    )
+    return make_network().to(device)
+
+
 # ------------------------------------------------------------------------------------- distilled set
 
 
@@ -236,7 +246,8 @@ class DistilledSet(nn.Module):
 
     images:     [steps, n, c, h, w], normalized; step s trains on the n images of row s.
     labels:     [steps, n, classes], probabilities. With `learn_labels` they become learned class scores, started
-                a little inside the given probabilities because a score for exactly 0 would be infinite.
+                halfway to uniform: the score of a probability 0 would be infinite, and near 0 and 1 scores
+                hardly move.
     epochs:     how often the steps are gone through; `updates` = steps × epochs.
     step_size:  the start for every update, or one for each as a tensor [updates].
     share_step_sizes: one step size per step, the same in every epoch, in place of one per update.
@@ -245,7 +256,7 @@ class DistilledSet(nn.Module):
     Raises ValueError where shapes or ranges are off.
     """
 
-    SMOOTHING = 0.1  # how far learned labels start from the given ones, towards uniform
+    SMOOTHING = 0.5  # how far learned labels start from the given ones, towards uniform
 
     def __init__(
         self,
@@ -259,7 +270,7 @@ class DistilledSet(nn.Module):
         momentum: float = 0.0,
     ) -> None:
         super().__init__()
-        require(images.dim() == 5, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]")
+        require(images.dim() == 5 and len(images) > 0, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]")
         require(
             labels.dim() == 3 and labels.shape[:2] == images.shape[:2],
             f"labels: shape {list(labels.shape)} with images {list(images.shape)}; give [steps, n, classes]",
@@ -299,7 +310,7 @@ class DistilledSet(nn.Module):
 
     @property
     def updates(self) -> int:
-        """The number T of gradient steps in one unroll."""
+        """The number of gradient steps in one unroll."""
         return self.steps * self.epochs
 
     @property
@@ -389,9 +400,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def unroll(network: nn.Module, distilled: DistilledSet, *, track_higher_grads: bool = True) -> nn.Module:
     """Trains `network` on the distilled set; returns the trained network, `network` itself is left as it was.
 
-    The inner loop of Algorithm 1, θ_{t+1} = θ_t - η_t ∇ℓ(x_t, y_t; θ_t) for t = 0..T-1. With `track_higher_grads`
-    the result is a differentiable function of the distilled set, and memory grows with T; without, it is plain
-    training on the same path.
+    The inner loop of Algorithm 1, θ_{i+1} = θ_i - η̃_i ∇ℓ(x̃_i, θ_i) for each update i. With `track_higher_grads` the
+    result is a differentiable function of the distilled set, and memory grows with the number of updates; without,
+    it is plain training on the same path.
     """
     optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=distilled.momentum)  # lr: see override
     with higher.innerloop_ctx(network, optimizer, track_higher_grads=track_higher_grads) as (trained, inner):
@@ -405,7 +416,7 @@ def unroll(network: nn.Module, distilled: DistilledSet, *, track_higher_grads: b
 
 
 def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split) -> Tensor:
-    """The loss [] on real data of `network` once trained on the distilled set: L(θ_T), what Algorithm 1 lowers."""
+    """The loss [] on real images of `network` once trained on the distilled set: what Algorithm 1 lowers."""
     return F.cross_entropy(unroll(network, distilled)(real.images), real.labels)
 
 
@@ -414,7 +425,7 @@ def outer_gradient(distilled: DistilledSet, make_network: NetworkFactory, batche
     distilled.zero_grad()
     mean_loss = 0.0
     for real in batches:
-        network = make_network().to(real.images.device)
+        network = fresh_network(make_network, real.images.device)
         loss = outer_loss(network, distilled, real) / len(batches)
         loss.backward()  # here, not after the loop: one network's graph in memory at a time
         mean_loss += loss.item()
@@ -458,13 +469,7 @@ def distill(
     }  # fmt: skip
     for name in settings.keys() - {"dataset", "distilled", "seed"}:
         require(settings[name] > 0, f"{name}={settings[name]}: give more than 0")
-    content = [parameter for parameter in distilled.parameters() if parameter is not distilled.raw_step_sizes]
-    optimizer = torch.optim.Adam(
-        [
-            {"params": content, "lr": learning_rate},
-            {"params": [distilled.raw_step_sizes], "lr": step_size_learning_rate},
-        ]
-    )
+    optimizer = outer_optimizer(distilled, learning_rate, step_size_learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     history = History()
     saved = Checkpoint(checkpoint, settings, [distilled, optimizer, cosine, history])
@@ -481,13 +486,7 @@ def distill(
                 saved.write()
             batches = [draw_batch(dataset.train, batch_size) for _ in range(networks)]
             loss = outer_gradient(distilled, make_network, batches)
-            norm = history.clip_gradient(distilled)
-            if not math.isfinite(loss + norm):
-                raise FloatingPointError(
-                    f"iteration {iteration}: outer loss {loss:g}, gradient norm {norm:g}. The inner loop diverged; its "
-                    f"step sizes go up to {distilled.step_sizes.max().item():.3g}: start from a lower step_size=, or "
-                    f"lower learning_rate={learning_rate} and step_size_learning_rate={step_size_learning_rate}"
-                )
+            history.clip_gradient(distilled)
             optimizer.step()
             cosine.step()
             history.loss.append(loss)
@@ -498,6 +497,16 @@ def distill(
             history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
         saved.write()
     return history
+
+
+def outer_optimizer(
+    distilled: DistilledSet, learning_rate: float, step_size_learning_rate: float
+) -> torch.optim.Optimizer:
+    """Adam with the original code's betas, one rate for images and labels, another for the step sizes."""
+    step_sizes = [distilled.raw_step_sizes]
+    content = [parameter for parameter in distilled.parameters() if parameter is not distilled.raw_step_sizes]
+    groups = [{"params": content, "lr": learning_rate}, {"params": step_sizes, "lr": step_size_learning_rate}]
+    return torch.optim.Adam(groups, betas=(0.5, 0.999))
 
 
 def draw_batch(split: Split, batch_size: int) -> Split:
@@ -526,16 +535,21 @@ class History:
         self.images.append(distilled.images.detach().cpu().clone())
         self.step_sizes.append(distilled.step_sizes.detach().cpu())
 
-    def clip_gradient(self, distilled: DistilledSet) -> float:
-        """Scales the gradient down to at most twice its running norm; returns the norm it had.
+    def clip_gradient(self, distilled: DistilledSet) -> None:
+        """Scales the gradient down to at most twice its running norm, the rule of RaT-BPTT (Feng et al. 2024).
 
         Unrolled training now and then gives a gradient a hundred times the usual one, and Adam would remember it
-        for a thousand iterations. The rule is that of RaT-BPTT (Feng, Vedantam and Kempe 2024).
+        for a thousand iterations. Raises FloatingPointError where the gradient is not finite.
         """
         norm = float(nn.utils.clip_grad_norm_(distilled.parameters(), 2 * self.running_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the outer gradient is not finite at iteration {len(self.loss)}: training on the distilled set "
+                f"diverged, with step sizes up to {distilled.step_sizes.max().item():.3g}. Start from a lower "
+                "step_size=, or lower learning_rate= and step_size_learning_rate="
+            )
         clipped = min(norm, 2 * self.running_norm)
         self.running_norm = clipped if math.isinf(self.running_norm) else 0.9 * self.running_norm + 0.1 * clipped
-        return norm
 
     def state_dict(self) -> dict:
         return vars(self)
@@ -628,8 +642,8 @@ class Accuracies:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, split: Split, *, batch_size: int = 2000) -> float:
-    """The percentage of `split` that `network` classifies as labelled."""
+def accuracy(network: nn.Module, split: Split, *, batch_size: int = 500) -> float:
+    """The percentage of `split` that `network` classifies as labelled; larger batches fall out of a CPU's cache."""
     chunks = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
     right = sum(int((network(images).argmax(-1) == labels).sum()) for images, labels in chunks)
     return 100 * right / len(split.labels)
@@ -646,7 +660,7 @@ def evaluate(
     values = []
     with seeded(seed):
         for _ in range(networks):
-            network = make_network().to(split.images.device)
+            network = fresh_network(make_network, split.images.device)
             values.append(accuracy(unroll(network, distilled, track_higher_grads=False), split))
     return Accuracies(torch.tensor(values))
 
@@ -678,11 +692,17 @@ def train(
 
 def draw_images(panels: dict[str, Tensor], *, columns: int = 10, low: float = -2.0, high: float = 4.0) -> Figure:
     """Titled grids side by side of images [..., c, h, w], normalized; `low` is drawn black, `high` white."""
-    figure, axes = plt.subplots(1, len(panels), squeeze=False, layout="constrained", figsize=(4 * len(panels), 4.4))
-    for axis, (title, images) in zip(axes[0], panels.items(), strict=True):
-        flat = images.detach().cpu().flatten(0, -4)
-        grid = torchvision.utils.make_grid(flat, columns, normalize=True, value_range=(low, high), pad_value=0.5)
-        axis.imshow(grid.permute(1, 2, 0).numpy())
+    grids = {
+        title: torchvision.utils.make_grid(
+            images.detach().cpu().flatten(0, -4), columns, normalize=True, value_range=(low, high), pad_value=0.5
+        )
+        for title, images in panels.items()
+    }  # [3, height, width] each
+    width = 4.5 * len(grids)
+    height = 4.5 * max(grid.shape[1] / grid.shape[2] for grid in grids.values())
+    figure, axes = plt.subplots(1, len(grids), squeeze=False, layout="constrained", figsize=(width, height + 0.6))
+    for axis, (title, grid) in zip(axes[0], grids.items(), strict=True):
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(title)
         axis.axis("off")
     return figure
@@ -695,7 +715,7 @@ def draw_history(histories: dict[str, History], *, smoothing: int = 20) -> Figur
         means = torch.tensor(history.loss).unfold(0, min(smoothing, len(history.loss)), 1).mean(-1)
         left.plot(range(len(history.loss) - len(means) + 1, len(history.loss) + 1), means.tolist(), label=title)
         right.plot(history.iterations, history.accuracy, marker=".", label=title)
-    left.set(xlabel="outer iteration", ylabel=f"outer loss, mean over {smoothing}", yscale="log")
+    left.set(xlabel="outer iteration", ylabel=f"outer loss, mean over {smoothing}")
     right.set(xlabel="outer iteration", ylabel="validation accuracy (%)")
     right.legend()
     return figure

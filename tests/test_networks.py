@@ -47,6 +47,16 @@ def test_evaluate_draws_fresh_networks_and_repeats_them(toy, smooth):
         du.evaluate(distilled, toy.test, smooth, networks=0)
 
 
+def test_a_network_in_place_of_a_factory_is_named(toy, smooth):
+    distilled = du.DistilledSet(*du.real_start(toy, steps=1))
+    for call in (
+        lambda: du.evaluate(distilled, toy.test, smooth()),
+        lambda: du.distill(distilled, toy, smooth(), iterations=1, progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"make_network=Smooth\(\.\.\.\): give the factory, Smooth"):
+            call()
+
+
 def test_train_learns(toy, smooth):
     network = du.train(smooth(), toy.train, epochs=20, batch_size=10)
     assert du.accuracy(network, toy.test) > 95
