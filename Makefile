@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 .PHONY: notebook lab test clean
 
 notebook: $(VENV)/installed
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams distill.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace distill.ipynb \
+	    --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.record_timing=False
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab distill.ipynb

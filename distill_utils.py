@@ -233,11 +233,13 @@ def real_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 
     return dataset.train.images[rows], F.one_hot(dataset.train.labels[rows], dataset.classes).float()
 
 
-def noise_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Standard normal pixels in the shape of `real_start`, the paper's start, with the same labels."""
+def noise_start(
+    dataset: Dataset, *, steps: int, per_class: int = 1, std: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Normal pixels of standard deviation `std` in the shape of `real_start`, and its labels; the paper's std is 1."""
     labels = torch.eye(dataset.classes).repeat(steps, per_class, 1)
     shape = (*labels.shape[:2], *dataset.train.images.shape[1:])
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    images = std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return images.to(dataset.train.images), labels.to(dataset.train.images)
 
 
@@ -477,9 +479,7 @@ def distill(
     with seeded(seed), stop_on_interrupt() as interrupted:
         saved.resume()
         done = len(history.loss)
-        todo = tqdm(
-            range(done, iterations), initial=done, total=iterations, disable=not progress, file=sys.stdout, ncols=100
-        )
+        todo = progress_bar(range(done, iterations), initial=done, total=iterations, disable=not progress)
         for iteration in todo:
             if iteration % validate_every == 0:
                 history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
@@ -507,6 +507,11 @@ def outer_optimizer(
     content = [parameter for parameter in distilled.parameters() if parameter is not distilled.raw_step_sizes]
     groups = [{"params": content, "lr": learning_rate}, {"params": step_sizes, "lr": step_size_learning_rate}]
     return torch.optim.Adam(groups, betas=(0.5, 0.999))
+
+
+def progress_bar(iterable: range, **options) -> tqdm:
+    """A bar as plain text, which stays readable in a stored notebook; drawn each second, as more would cost time."""
+    return tqdm(iterable, file=sys.stdout, ncols=100, mininterval=1.0, **options)
 
 
 def draw_batch(split: Split, batch_size: int) -> Split:
@@ -690,20 +695,23 @@ def train(
 # ------------------------------------------------------------------------------------------- figures
 
 
-def draw_images(panels: dict[str, Tensor], *, columns: int = 10, low: float = -2.0, high: float = 4.0) -> Figure:
-    """Titled grids side by side of images [..., c, h, w], normalized; `low` is drawn black, `high` white."""
-    grids = {
-        title: torchvision.utils.make_grid(
-            images.detach().cpu().flatten(0, -4), columns, normalize=True, value_range=(low, high), pad_value=0.5
+def draw_images(panels: dict[str, Tensor], *, columns: int = 10, stacked: bool = False) -> Figure:
+    """Titled grids of images [..., c, h, w], normalized, side by side or `stacked`; -2 is drawn black, 4 white."""
+    grids = [
+        torchvision.utils.make_grid(
+            images.detach().cpu().flatten(0, -4), columns, normalize=True, value_range=(-2, 4), pad_value=0.5
         )
-        for title, images in panels.items()
-    }  # [3, height, width] each
-    width = 4.5 * len(grids)
-    height = 4.5 * max(grid.shape[1] / grid.shape[2] for grid in grids.values())
-    figure, axes = plt.subplots(1, len(grids), squeeze=False, layout="constrained", figsize=(width, height + 0.6))
-    for axis, (title, grid) in zip(axes[0], grids.items(), strict=True):
+        for images in panels.values()
+    ]  # [3, height, width] each
+    heights = [4.5 * grid.shape[1] / grid.shape[2] for grid in grids]  # inches, for a width of 4.5
+    if stacked:
+        layout = {"nrows": len(grids), "height_ratios": heights, "figsize": (4.5, sum(heights) + 0.4 * len(grids))}
+    else:
+        layout = {"ncols": len(grids), "figsize": (4.5 * len(grids), max(heights) + 0.6)}
+    figure, axes = plt.subplots(squeeze=False, layout="constrained", **layout)
+    for axis, title, grid in zip(axes.flat, panels, grids, strict=True):
         axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(title)
+        axis.set_title(title, fontsize="medium")
         axis.axis("off")
     return figure
 

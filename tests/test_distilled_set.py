@@ -27,11 +27,13 @@ def test_real_start_labels_are_the_images_own(toy):
     assert torch.equal(brightest, labels.argmax(-1))
 
 
-def test_noise_start_is_standard_normal_and_repeatable(toy):
-    images, _ = du.noise_start(toy, steps=10, per_class=2, seed=1)
-    assert abs(float(images.mean())) < 0.1
-    assert float(images.std()) == pytest.approx(1, abs=0.1)
-    assert torch.equal(images, du.noise_start(toy, steps=10, per_class=2, seed=1)[0])
+@pytest.mark.parametrize("std", [1.0, 0.3])
+def test_noise_start_is_normal_and_repeatable(toy, std):
+    images, labels = du.noise_start(toy, steps=10, per_class=2, std=std, seed=1)
+    assert abs(float(images.mean())) < 0.1 * std
+    assert float(images.std()) == pytest.approx(std, rel=0.1)
+    assert torch.equal(images, du.noise_start(toy, steps=10, per_class=2, std=std, seed=1)[0])
+    assert torch.equal(labels[:5], du.real_start(toy, steps=5, per_class=2)[1])
 
 
 def test_start_asks_for_no_more_than_there_is(toy):

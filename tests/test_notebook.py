@@ -36,7 +36,7 @@ def test_the_whole_notebook_runs_on_mnist(tmp_path, mnist_root):
     book = execute(tmp_path, DATA_ROOT=str(Path(mnist_root).resolve()), DEVICE="cpu", **SMALL)
     text = output_of(book)
     assert "MNIST train" in text
-    assert "RuntimeError: One of the differentiated Tensors" in text
+    assert re.search(r"RuntimeError: .*not have been used in the graph", text)
     assert "Warning" not in text
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert {"claim.png", "unknown_images.png", "results.md"} <= written
