@@ -58,17 +58,18 @@ def require(condition: bool, message: str) -> None:
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes cuda where there is one, else mps, else cpu."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    choices = ", ".join(kind for kind in there if there[kind])
+    require(there.get(name.split(":")[0], False), f"name='{name}': not on this machine; give auto or one of {choices}")
+    return torch.device(name)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Runs a block from `seed` and puts the caller's random state back afterwards."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield
 

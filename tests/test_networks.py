@@ -21,6 +21,8 @@ def test_auto_device_is_one_that_is_there():
     device = du.pick_device("auto")
     assert torch.zeros(1, device=device).sum() == 0
     assert du.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"name='gpu': not on this machine; give auto or one of .*cpu"):
+        du.pick_device("gpu")
 
 
 def test_accuracy_counts_the_whole_split(toy):

@@ -1,5 +1,6 @@
 """The notebook runs whole, and what is stored in it, and quoted in the README, comes from one clean run."""
 
+import inspect
 import json
 import os
 import re
@@ -8,6 +9,8 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+
+import distill_utils as du
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"KNOWN_ITERATIONS": 4, "UNKNOWN_ITERATIONS": 3, "OWN_ITERATIONS": 20, "TEST_NETWORKS": 2, "FULL_EPOCHS": 0}
@@ -64,6 +67,12 @@ def test_stored_outputs_come_from_one_run_top_to_bottom(stored):
     assert "Warning" not in text
     assert not re.search(r"/(home|root|tmp|work|Users)/", text)
     assert os.path.getsize(ROOT / "distill.ipynb") < 2_000_000
+
+
+def test_the_sources_shown_are_the_modules(stored):
+    text = output_of(stored)
+    for piece in (du.LeNet, du.unroll, du.DistilledSet.schedule, du.outer_loss, du.outer_gradient):
+        assert inspect.getsource(piece) in text, f"{piece.__name__} has changed since the notebook was run"
 
 
 def test_the_readme_quotes_the_stored_run(stored):
