@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 .PHONY: notebook lab test clean
 
 notebook: $(VENV)/installed
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace distill.ipynb \
-	    --ExecutePreprocessor.coalesce_streams=True --ExecutePreprocessor.record_timing=False
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False distill.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams distill.ipynb
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab distill.ipynb
