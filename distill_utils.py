@@ -491,7 +491,7 @@ def distill(
             optimizer.step()
             cosine.step()
             history.loss.append(loss)
-            todo.set_postfix_str(f"loss {loss:.3f}, validation {history.accuracy[-1]:.1f}%", refresh=False)
+            todo.set_postfix_str(f"loss {loss:.3f}, last validation {history.accuracy[-1]:.1f}%", refresh=False)
             if interrupted.is_set():
                 break
         else:
