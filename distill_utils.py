@@ -13,7 +13,8 @@ order the data flows:
     figures         draw_images, draw_history
 
 A *network factory* is any callable that takes no arguments and returns a freshly initialized `nn.Module`, whose
-output for images [n, c, h, w] is class scores [n, classes]. Images are "normalized" when `(pixel - mean) / std`
+output for images [n, c, h, w] is class scores [n, classes]. Networks stay in training mode throughout, so choose ones
+without dropout and batch normalization. Images are "normalized" when `(pixel - mean) / std`
 has been applied to pixels in 0..1. Accuracies are in percent.
 """
 
@@ -114,12 +115,21 @@ def make_dataset(
     """
     for argument, (pixels, labels) in {"train": train, "test": test}.items():
         require(
-            pixels.dim() == 4 and len(pixels) == len(labels) > 0,
+            isinstance(pixels, Tensor) and isinstance(labels, Tensor),
+            f"{argument}: a pair of {type(pixels).__name__} and {type(labels).__name__}; give tensors",
+        )
+        require(
+            pixels.dim() == 4 and labels.dim() == 1 and len(pixels) == len(labels) > 0,
             f"{argument}: pixels {list(pixels.shape)}, labels {list(labels.shape)}; give [n, c, h, w] and [n], n > 0",
         )
         low, high = float(pixels.min()), float(pixels.max())
         require(low >= 0 and high <= 1, f"{argument}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
     pixels, labels = train
+    classes = int(labels.max()) + 1
+    require(
+        labels.unique().tolist() == list(range(classes)) and test[1].min() >= 0 and test[1].max() < classes,
+        f"train: labels {labels.unique().tolist()[:12]}; number the classes 0, 1, 2, ..., and have each in train",
+    )
     require(
         0 < validation < len(pixels),
         f"validation={validation}: hold out at least 1 and fewer than the {len(pixels)} training images",
@@ -195,13 +205,6 @@ class LeNet(nn.Sequential):
             nn.init.xavier_normal_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
 
-def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkFactory:
-    """A factory that returns copies of one network drawn from `seed`: the paper's known initialization."""
-    with seeded(seed):
-        network = make_network()
-    return lambda: copy.deepcopy(network)
-
-
 def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Module:
     """A new network of the factory's, on `device`; raises ValueError where a network was given in its place."""
     require(
@@ -210,6 +213,13 @@ def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Modu
         "or for a known initialization fixed_initialization(...)",
     )
     return make_network().to(device)
+
+
+def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkFactory:
+    """A factory that returns copies of one network drawn from `seed`: the paper's known initialization."""
+    with seeded(seed):
+        network = fresh_network(make_network, torch.device("cpu"))
+    return lambda: copy.deepcopy(network)
 
 
 # ------------------------------------------------------------------------------------- distilled set
@@ -276,8 +286,10 @@ class DistilledSet(nn.Module):
         require(images.dim() == 5 and len(images) > 0, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]")
         require(
             labels.dim() == 3 and labels.shape[:2] == images.shape[:2],
-            f"labels: shape {list(labels.shape)} with images {list(images.shape)}; give [steps, n, classes]",
+            f"labels: shape {list(labels.shape)} with images {list(images.shape)}; give [steps, n, classes], "
+            "for integer labels F.one_hot(labels, classes)",
         )
+        labels = labels.to(images)
         require(
             bool((labels >= 0).all()) and torch.allclose(labels.sum(-1), torch.ones_like(labels[..., 0]), atol=1e-4),
             "labels: give probabilities, which are at least 0 and add up to 1 for each image",
@@ -451,15 +463,21 @@ def distill(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> History:
-    """Algorithm 1's outer loop: improves `distilled` in place and returns how it went.
+    """Algorithm 1's outer loop (arXiv 1811.10959): improves `distilled` in place and returns its `History`.
 
+    distilled:               where to start, on the device of `dataset`
+    dataset:                 trains on its training images, validates on its validation images
+    make_network:            a network factory; with `fixed_initialization`, the paper's known initialization
+    iterations:              steps of the outer optimizer, Adam
     networks:                initializations drawn per iteration, their gradients averaged
     batch_size:              real images drawn for each of them
     learning_rate:           Adam's for images and learned labels, falling to 0 along a half cosine
     step_size_learning_rate: the same for step sizes: roughly, their relative change in one iteration
     validate_every:          iterations between validations, each on the same `validation_networks` networks
+    seed:                    of networks and batches
     checkpoint:              a file, written at each validation and at the end; where it is there already, the run
-                             goes on from it, on CPU to the bit-identical result
+                             goes on from it, on CPU to the bit-identical result. Runs that differ in nothing but
+                             start or network need files of their own: a checkpoint does not know these
     progress:                shows a bar with the outer loss and the last validation accuracy
 
     Ctrl-C ends the run after the iteration at hand. Raises ValueError for bad arguments or another run's checkpoint,
@@ -472,6 +490,8 @@ def distill(
     }  # fmt: skip
     for name in settings.keys() - {"dataset", "distilled", "seed"}:
         require(settings[name] > 0, f"{name}={settings[name]}: give more than 0")
+        whole = name.endswith("rate") or isinstance(settings[name], int)
+        require(whole, f"{name}={settings[name]}: give a whole number")
     optimizer = outer_optimizer(distilled, learning_rate, step_size_learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     history = History()

@@ -93,6 +93,13 @@ def test_bad_shapes_are_named(toy):
         du.DistilledSet(images, labels[:, :2])
 
 
+def test_integer_labels_are_refused_with_the_remedy_and_integer_one_hot_is_taken(toy):
+    images, labels = du.real_start(toy, steps=2)
+    with pytest.raises(ValueError, match=r"for integer labels F\.one_hot\(labels, classes\)"):
+        du.DistilledSet(images, labels.argmax(-1))
+    assert torch.equal(du.DistilledSet(images, labels.long()).labels, labels)
+
+
 def save(distilled, toy, path):
     distilled.save(path, dataset=toy, network="Smooth", seed=7, command="pytest")
 

@@ -53,6 +53,7 @@ def test_a_network_in_place_of_a_factory_is_named(toy, smooth):
     distilled = du.DistilledSet(*du.real_start(toy, steps=1))
     for call in (
         lambda: du.evaluate(distilled, toy.test, smooth()),
+        lambda: du.fixed_initialization(smooth(), seed=0),
         lambda: du.distill(distilled, toy, smooth(), iterations=1, progress=False),
     ):
         with pytest.raises(ValueError, match=r"make_network=Smooth\(\.\.\.\): give the factory, Smooth"):

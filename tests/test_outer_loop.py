@@ -90,34 +90,35 @@ def test_a_killed_run_resumes_to_the_bit_identical_result(toy, smooth, tmp_path,
     assert history.accuracy == expected.accuracy
 
 
-def test_a_process_killed_outright_resumes(toy, tmp_path):
-    """SIGKILL in the middle of a run, then the same call in a second process."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, torch, distill_utils as du\n"
-        "torch.set_num_threads(1)\n"
-        "digits = du.load_digits(device='cpu')\n"
-        "distilled = du.DistilledSet(*du.noise_start(digits, steps=1))\n"
-        "du.distill(distilled, digits, du.LeNet, iterations=20, batch_size=16, validate_every=5,\n"
-        "           validation_networks=1, checkpoint=sys.argv[1], progress=False)\n"
-        "torch.save(distilled.state_dict(), sys.argv[2])\n"
+def distill_digits(checkpoint: Path) -> du.DistilledSet:
+    """A short run on one thread, whatever process it is in: other thread counts may add numbers in another order."""
+    torch.set_num_threads(1)
+    digits = du.load_digits(device="cpu")
+    distilled = du.DistilledSet(*du.noise_start(digits, steps=1))
+    options = {"iterations": 20, "batch_size": 16, "validate_every": 5, "validation_networks": 1, "progress": False}
+    du.distill(distilled, digits, du.LeNet, checkpoint=checkpoint, **options)
+    return distilled
+
+
+def test_a_process_killed_outright_resumes(tmp_path):
+    """SIGKILL in the middle of a run, then the same call in this process."""
+    folders = [str(Path(module).parent) for module in (__file__, du.__file__)]
+    code = "import pathlib, sys, test_outer_loop as t; t.distill_digits(pathlib.Path(sys.argv[1]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run.pt")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
     )
-
-    def launch(checkpoint: str, result: str) -> subprocess.Popen:
-        command = [sys.executable, str(script), str(tmp_path / checkpoint), str(tmp_path / result)]
-        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(du.__file__).parent)})
-
-    first = launch("run.pt", "result")
     while not (tmp_path / "run.pt").exists():
-        assert first.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    assert first.wait(120) == -signal.SIGKILL
-    assert not (tmp_path / "result").exists()
-    assert launch("run.pt", "result").wait(120) == 0
-    assert launch("whole.pt", "whole").wait(120) == 0
-    whole, resumed = torch.load(tmp_path / "whole"), torch.load(tmp_path / "result")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(120) == -signal.SIGKILL
+
+    threads = torch.get_num_threads()
+    try:
+        assert_same(distill_digits(tmp_path / "run.pt"), distill_digits(tmp_path / "whole.pt"))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_interrupt_returns_what_was_learned_and_a_second_call_goes_on(toy, smooth, tmp_path):
@@ -167,6 +168,11 @@ def test_bad_settings_are_named_before_any_work(toy, name):
 
     with pytest.raises(ValueError, match=f"{name}=0: give more than 0"):
         du.distill(start(toy), toy, no_network, **{**SETTINGS, name: 0})
+
+
+def test_half_an_iteration_is_refused(toy, smooth):
+    with pytest.raises(ValueError, match=r"iterations=2\.5: give a whole number"):
+        du.distill(start(toy), toy, smooth, **{**SETTINGS, "iterations": 2.5})
 
 
 def test_divergence_names_the_iteration_and_the_remedy(toy, smooth):
