@@ -1,6 +1,7 @@
 # make notebook   execute distill.ipynb in place, figures included
 # make lab        open it in JupyterLab
 # make test       lint, then every test
+# make benchmark  time it beside other ways to the same gradient, and write benchmarks/results.md
 #
 # Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in DATA_ROOT
 # (default: data) and downloaded there.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: notebook lab test clean
+.PHONY: notebook lab test benchmark clean
 
 notebook: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False distill.ipynb
@@ -22,6 +23,10 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+benchmark: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
+	PYTHONPATH=. $(BIN)/python benchmarks/benchmark.py
 
 clean:
 	rm -rf $(VENV) checkpoints

@@ -4,32 +4,39 @@ After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10
 order the data flows:
 
     data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits
-    networks        LeNet, fixed_initialization
+    networks        LeNet, Stack, fixed_initialization
     distilled set   noise_start, real_start, DistilledSet
-    inner loop      unroll
+    inner loop      inner_loop, unroll
     outer loop      outer_loss, distill, History
     evaluation      accuracy, evaluate, Accuracies
     baselines       train
     figures         draw_images, draw_history
+    command line    python -m distill_utils, or torchrun -m distill_utils
 
 A *network factory* is any callable that takes no arguments and returns a freshly initialized `nn.Module`, whose
 output for images [n, c, h, w] is class scores [n, classes]. Networks stay in training mode throughout, so choose ones
-without dropout and batch normalization. Images are "normalized" when `(pixel - mean) / std`
-has been applied to pixels in 0..1. Accuracies are in percent.
+without dropout and batch normalization. Several networks of a factory are trained at once, as a `Stack`.
+Images are "normalized" when `(pixel - mean) / std` has been applied to pixels in 0..1. Accuracies are in percent.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import functools
+import inspect
 import io
+import itertools
 import math
 import os
 import pickle
+import re
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -37,11 +44,13 @@ from typing import NamedTuple
 
 import higher
 import matplotlib.pyplot as plt
+import numpy as np
 import safetensors
 import safetensors.torch
 import sklearn.datasets
 import sklearn.model_selection
 import torch
+import torch.distributed as dist
 import torchvision
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -57,6 +66,19 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_positive(**settings: float | str | None) -> None:
+    """Raises ValueError for a number that is not above 0, or not whole where it counts something."""
+    for name, value in settings.items():
+        if isinstance(value, (int, float)):
+            require(value > 0, f"{name}={value}: give more than 0")
+            require(isinstance(value, int) or name.endswith("rate"), f"{name}={value}: give a whole number")
+
+
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """`items` in order, up to `size` at a time."""
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device called `name`; "auto" takes cuda where there is one, else mps, else cpu."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -70,7 +92,7 @@ def pick_device(name: str = "auto") -> torch.device:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Runs a block from `seed` and puts the caller's random state back afterwards."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed)
         yield
 
@@ -206,13 +228,72 @@ class LeNet(nn.Sequential):
 
 
 def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Module:
-    """A new network of the factory's, on `device`; raises ValueError where a network was given in its place."""
+    """A new network of the factory's, on `device`; raises ValueError where it is none or has frozen weights."""
     require(
         not isinstance(make_network, nn.Module),
         f"make_network={type(make_network).__name__}(...): give the factory, {type(make_network).__name__}, "
         "or for a known initialization fixed_initialization(...)",
     )
-    return make_network().to(device)
+    network = make_network().to(device)
+    frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
+    require(
+        not frozen, f"make_network: {', '.join(frozen)} require no gradient; register what is not trained as buffers"
+    )
+    return network
+
+
+class Stack(nn.Module):
+    """Several networks of one architecture as one module: images [n, c, h, w] give scores [networks, n, classes].
+
+    Images [networks, n, c, h, w] give each network its own. Training a stack costs less than training its networks
+    one after the other: each operation is called once for all of them, on more numbers at a time. They may differ in
+    their parameters and buffers, and in nothing else.
+    """
+
+    ONE_BY_ONE = ("cpu",)  # devices that are faster at many images of one network than at some images of each
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        parameters, buffers = torch.func.stack_module_state(networks)
+        self.names = [*parameters, *buffers]
+        for name, parameter in parameters.items():
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(parameter))
+        for name, buffer in buffers.items():
+            self.register_buffer(name.replace(".", "/"), buffer)
+        self.architecture = (networks[0],)  # a tuple, so that its weights do not count among our parameters
+
+    def forward(self, images: Tensor) -> Tensor:
+        def scores(images: Tensor, *state: Tensor) -> Tensor:
+            named = dict(zip(self.names, state, strict=True))
+            return torch.func.functional_call(self.architecture[0], named, (images,))
+
+        state = [*self.parameters(), *self.buffers()]  # [networks, ...] each
+        if images.dim() == 4:
+            return torch.vmap(scores, (None, *[0] * len(state)))(images, *state)
+        if images.device.type in self.ONE_BY_ONE:
+            return torch.stack([scores(*row) for row in zip(images, *state, strict=True)])
+        return torch.vmap(scores)(images, *state)
+
+
+def side_by_side(networks: Sequence[nn.Module]) -> nn.Module:
+    """The networks as one module; a single one stays as it is, as a stack of one would only be slower."""
+    return Stack(networks) if len(networks) > 1 else networks[0]
+
+
+def in_parts(network: nn.Module, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of `split` in parts of the size that `network`, or a `Stack`, goes through fastest.
+
+    Larger ones fall out of a CPU's cache.
+    """
+    shared = isinstance(network, Stack) and split.images.dim() == 4
+    networks = next(network.parameters()).shape[0] if shared else 1
+    size = max(1, (800 if split.images.device.type == "cpu" else 20_000) // networks)
+    return zip(split.images.split(size, dim=-4), split.labels.split(size, dim=-1), strict=True)
+
+
+def stack_size(device: torch.device) -> int:
+    """How many networks to train at once: on a CPU, more would gain nothing (see benchmarks/results.md)."""
+    return 8 if device.type == "cpu" else 64
 
 
 def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkFactory:
@@ -247,7 +328,13 @@ def real_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 
 def noise_start(
     dataset: Dataset, *, steps: int, per_class: int = 1, std: float = 1.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Normal pixels of standard deviation `std` in the shape of `real_start`, and its labels; the paper's std is 1."""
+    """Random pixels in the shape of `real_start`, and its labels.
+
+    steps:      batches of images, one for each inner gradient step of an epoch
+    per_class:  images of each class in a batch
+    std:        standard deviation of normal pixels, for a start from noise, in normalized units; the paper's is 1
+    seed:       of the pixels
+    """
     labels = torch.eye(dataset.classes).repeat(steps, per_class, 1)
     shape = (*labels.shape[:2], *dataset.train.images.shape[1:])
     images = std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -257,14 +344,14 @@ def noise_start(
 class DistilledSet(nn.Module):
     """What is learned: images, their labels where asked, and a positive step size for each update.
 
-    images:     [steps, n, c, h, w], normalized; step s trains on the n images of row s.
-    labels:     [steps, n, classes], probabilities. With `learn_labels` they become learned class scores, started
-                halfway to uniform: the score of a probability 0 would be infinite, and near 0 and 1 scores
-                hardly move.
-    epochs:     how often the steps are gone through; `updates` = steps × epochs.
-    step_size:  the start for every update, or one for each as a tensor [updates].
-    share_step_sizes: one step size per step, the same in every epoch, in place of one per update.
-    momentum:   of the inner loop's SGD, 0 ≤ momentum < 1.
+    images:            [steps, n, c, h, w], normalized; step s trains on the n images of row s
+    labels:            [steps, n, classes], probabilities
+    epochs:            how often the steps are gone through; `updates` = steps × epochs
+    step_size:         the start for every update, or one for each as a tensor [updates]
+    learn_labels:      learn the labels as class scores, started halfway to uniform: the score of a probability 0 would
+                       be infinite, and near 0 and 1 scores hardly move
+    share_step_sizes:  one step size per step, the same in every epoch, in place of one per update
+    momentum:          of the inner loop's SGD, 0 ≤ momentum < 1
 
     Raises ValueError where shapes or ranges are off.
     """
@@ -412,37 +499,129 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------- inner loop
 
 
-def unroll(network: nn.Module, distilled: DistilledSet, *, track_higher_grads: bool = True) -> nn.Module:
-    """Trains `network` on the distilled set; returns the trained network, `network` itself is left as it was.
+Update = tuple[Tensor, Tensor, Tensor]  # images [n, c, h, w], labels [n, classes], step size []
 
-    The inner loop of Algorithm 1, θ_{i+1} = θ_i - η̃_i ∇ℓ(x̃_i, θ_i) for each update i. With `track_higher_grads` the
-    result is a differentiable function of the distilled set, and memory grows with the number of updates; without,
-    it is plain training on the same path.
+
+def inner_loop(
+    network: nn.Module, start: list[Tensor], updates: Iterable[Update], *, momentum: float, track_higher_grads: bool
+) -> tuple[nn.Module, list[Tensor]]:
+    """The inner loop of Algorithm 1: θ_{i+1} = θ_i - η̃_i ∇ℓ(x̃_i, θ_i) for each of `updates`.
+
+    `start` holds the weights θ_0 and, with momentum, the velocity of each. Returns the trained network, a function of
+    `start` and `updates` where `track_higher_grads` keeps the graph, and weights and velocities at the end.
     """
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=distilled.momentum)  # lr: see override
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=momentum)  # lr: see override
     with higher.innerloop_ctx(network, optimizer, track_higher_grads=track_higher_grads) as (trained, inner):
-        for images, labels, step_size in distilled.schedule():
-            loss = F.cross_entropy(trained(images), labels)
+        weights = len(trained.fast_params)
+        trained.update_params(start[:weights])
+        for index, velocity in enumerate(start[weights:]):
+            inner.state[0][index]["momentum_buffer"] = velocity
+        for images, labels, step_size in updates:
+            loss = training_loss(trained(images), labels)
             inner.step(loss, override={"lr": [step_size]})
-    return trained
+    return trained, [*trained.fast_params, *(state["momentum_buffer"] for state in inner.state[0].values())]
+
+
+def training_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy [] of scores [n, classes], a mean over images, with labels [n, classes].
+
+    Of a stack's scores [networks, n, classes] it is the sum over networks, so that each has a gradient of its own.
+    """
+    labels = labels.expand_as(scores).flatten(0, -2)
+    return F.cross_entropy(scores.flatten(0, -2), labels, reduction="sum") / scores.shape[-2]
+
+
+def unroll(
+    network: nn.Module,
+    distilled: DistilledSet,
+    *,
+    window: tuple[int, int] | None = None,
+    segment: int | None = None,
+    track_higher_grads: bool = True,
+) -> nn.Module:
+    """Trains `network`, or a `Stack`, on the distilled set; returns it trained, `network` itself stays as it was.
+
+    With `track_higher_grads` the result is a differentiable function of the distilled set, and memory grows with the
+    number of updates; without, it is plain training on the same path. Two options bound that memory:
+
+    window:   (first, last): run `first` updates without gradient, then go on with it up to update `last`, and stop
+    segment:  store only the weights that every `segment` updates start from; the backward pass runs the updates again.
+              The gradient is the same; about the square root of the number of updates takes the least memory
+    """
+    updates = list(distilled.schedule())
+    first, last = window or (0, len(updates))
+    state = [weight.detach().requires_grad_() for weight in network.parameters()]
+    if distilled.momentum:
+        state += [torch.zeros_like(weight) for weight in state]
+    train = functools.partial(inner_loop, network, momentum=distilled.momentum)
+    if first > 0:
+        _, state = train(state, updates[:first], track_higher_grads=False)
+    if segment and track_higher_grads:
+        for part in chunks(updates[first:last], segment):
+            state = Segment.train(train, state, part)
+        first = last
+    return train(state, updates[first:last], track_higher_grads=track_higher_grads)[0]
+
+
+class Segment(torch.autograd.Function):
+    """Some updates of the inner loop, of which only the start is kept: they run again when their gradient is due."""
+
+    @classmethod
+    def train(cls, train: Callable, start: list[Tensor], updates: list[Update]) -> list[Tensor]:
+        """Where `train`, an inner loop, ends."""
+
+        def run(inputs: Sequence[Tensor], track_higher_grads: bool) -> list[Tensor]:
+            state, rest = inputs[: len(start)], inputs[len(start) :]
+            updates = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
+            return train(state, updates, track_higher_grads=track_higher_grads)[1]
+
+        return list(cls.apply(run, *start, *itertools.chain(*updates)))
+
+    @staticmethod
+    def forward(ctx, run: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*inputs)
+        with torch.enable_grad():  # training takes gradients, even where none are kept
+            ends = run([tensor.detach().requires_grad_() for tensor in inputs], False)
+        return tuple(end.detach() for end in ends)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            ends = ctx.run(inputs, True)
+        return None, *torch.autograd.grad(ends, inputs, gradients, allow_unused=True)
 
 
 # ---------------------------------------------------------------------------------------- outer loop
 
 
-def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split) -> Tensor:
-    """The loss [] on real images of `network` once trained on the distilled set: what Algorithm 1 lowers."""
-    return F.cross_entropy(unroll(network, distilled)(real.images), real.labels)
+def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split, **options) -> Tensor:
+    """The loss [] on real images of `network` once trained on the distilled set: what Algorithm 1 lowers.
+
+    Of a `Stack`, with real images [networks, n, c, h, w] and labels [networks, n], the mean over its networks.
+    `options` go to `unroll`.
+    """
+    trained = unroll(network, distilled, **options)
+    losses = [
+        F.cross_entropy(trained(images).flatten(0, -2), labels.flatten(), reduction="sum")
+        for images, labels in in_parts(trained, real)
+    ]
+    return sum(losses) / real.labels.numel()
 
 
-def outer_gradient(distilled: DistilledSet, make_network: NetworkFactory, batches: list[Split]) -> float:
-    """The mean outer loss over one fresh network for each real batch; leaves its gradient in `distilled`."""
+def outer_gradient(distilled: DistilledSet, draws: list[Draw], *, stack: int | None = None, **options) -> float:
+    """The mean outer loss over `draws`, a network and a real batch each; leaves its gradient in `distilled`.
+
+    Up to `stack` networks are trained at once, by default `stack_size`. `options` go to `unroll`.
+    """
     distilled.zero_grad()
     mean_loss = 0.0
-    for real in batches:
-        network = fresh_network(make_network, real.images.device)
-        loss = outer_loss(network, distilled, real) / len(batches)
-        loss.backward()  # here, not after the loop: one network's graph in memory at a time
+    for part in chunks(draws, stack or stack_size(distilled.images.device)):
+        networks, batches = zip(*part, strict=True)
+        real = Split(*map(torch.stack, zip(*batches, strict=True))) if len(part) > 1 else batches[0]
+        loss = outer_loss(side_by_side(networks), distilled, real, **options) * len(part) / len(draws)
+        loss.backward()  # here, not after the loop: one stack's graph in memory at a time
         mean_loss += loss.item()
     return mean_loss
 
@@ -459,6 +638,9 @@ def distill(
     step_size_learning_rate: float = 0.01,
     validate_every: int = 100,
     validation_networks: int = 5,
+    window: int | None = None,
+    segment: int | None = None,
+    stack: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -469,16 +651,26 @@ def distill(
     dataset:                 trains on its training images, validates on its validation images
     make_network:            a network factory; with `fixed_initialization`, the paper's known initialization
     iterations:              steps of the outer optimizer, Adam
-    networks:                initializations drawn per iteration, their gradients averaged
+    networks:                initializations drawn per iteration by each process, their gradients averaged
     batch_size:              real images drawn for each of them
     learning_rate:           Adam's for images and learned labels, falling to 0 along a half cosine
     step_size_learning_rate: the same for step sizes: roughly, their relative change in one iteration
     validate_every:          iterations between validations, each on the same `validation_networks` networks
-    seed:                    of networks and batches
+    validation_networks:     initializations behind each validation accuracy
+    window:                  differentiate through so many consecutive updates only, at a random place: those before
+                             run without gradient, those after are left out (RaT-BPTT, Feng et al. 2024); validation
+                             goes through all updates
+    segment:                 save memory: store only the weights that every so many updates start from; the backward
+                             pass runs the updates again
+    stack:                   networks trained at once; by default 8 on a CPU and 64 elsewhere
+    seed:                    of networks, batches and windows; on the command line, also of the start; at least 0
     checkpoint:              a file, written at each validation and at the end; where it is there already, the run
                              goes on from it, on CPU to the bit-identical result. Runs that differ in nothing but
                              start or network need files of their own: a checkpoint does not know these
-    progress:                shows a bar with the outer loss and the last validation accuracy
+    progress:                show a bar with the outer loss and the last validation accuracy
+
+    In a job of several processes (torch.distributed), each draws networks and batches of its own, gradients are
+    averaged over all of them, and the first process alone validates and writes. All start from what the first one has.
 
     Ctrl-C ends the run after the iteration at hand. Raises ValueError for bad arguments or another run's checkpoint,
     FloatingPointError where training diverges (`distilled` is then as the last good iteration left it).
@@ -486,36 +678,46 @@ def distill(
     settings = {
         "dataset": dataset.name, "distilled": distilled.extra_repr(), "iterations": iterations, "networks": networks,
         "batch_size": batch_size, "learning_rate": learning_rate, "step_size_learning_rate": step_size_learning_rate,
-        "validate_every": validate_every, "validation_networks": validation_networks, "seed": seed,
+        "validate_every": validate_every, "validation_networks": validation_networks, "window": window, "seed": seed,
     }  # fmt: skip
-    for name in settings.keys() - {"dataset", "distilled", "seed"}:
-        require(settings[name] > 0, f"{name}={settings[name]}: give more than 0")
-        whole = name.endswith("rate") or isinstance(settings[name], int)
-        require(whole, f"{name}={settings[name]}: give a whole number")
+    require(seed >= 0, f"seed={seed}: give at least 0")
+    require_positive(**{**settings, "segment": segment, "stack": stack, "seed": None})
+    require(
+        window is None or window <= distilled.updates,
+        f"window={window}: give at most the {distilled.updates} updates of the distilled set",
+    )
     optimizer = outer_optimizer(distilled, learning_rate, step_size_learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     history = History()
+    rank, _ = process_rank()
     saved = Checkpoint(checkpoint, settings, [distilled, optimizer, cosine, history])
 
-    with seeded(seed), stop_on_interrupt() as interrupted:
+    with stop_on_interrupt() as interrupted:
         saved.resume()
         done = len(history.loss)
-        todo = progress_bar(range(done, iterations), initial=done, total=iterations, disable=not progress)
+        todo = progress_bar(range(done, iterations), initial=done, total=iterations, disable=not progress or rank > 0)
         for iteration in todo:
-            if iteration % validate_every == 0:
+            if iteration % validate_every == 0 and rank == 0:
                 history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
                 saved.write()
-            batches = [draw_batch(dataset.train, batch_size) for _ in range(networks)]
-            loss = outer_gradient(distilled, make_network, batches)
+                todo.set_description(f"validation {history.accuracy[-1]:.1f}%", refresh=False)
+            span = draw_window(distilled.updates, window, seed=(seed, iteration))
+            numbers = range(rank * networks, (rank + 1) * networks)
+            draws = [
+                draw(make_network, dataset.train, batch_size, seed=(seed, iteration, number)) for number in numbers
+            ]
+            loss = outer_gradient(distilled, draws, stack=stack, segment=segment, window=span)
+            loss, stop = average_over_processes(distilled, loss, interrupted.is_set())
             history.clip_gradient(distilled)
             optimizer.step()
             cosine.step()
             history.loss.append(loss)
-            todo.set_postfix_str(f"loss {loss:.3f}, last validation {history.accuracy[-1]:.1f}%", refresh=False)
-            if interrupted.is_set():
+            todo.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            if stop:
                 break
         else:
-            history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
+            if rank == 0:
+                history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
         saved.write()
     return history
 
@@ -535,10 +737,54 @@ def progress_bar(iterable: range, **options) -> tqdm:
     return tqdm(iterable, file=sys.stdout, ncols=100, mininterval=1.0, **options)
 
 
-def draw_batch(split: Split, batch_size: int) -> Split:
-    """`batch_size` random rows of `split`, with replacement; drawn on the CPU, so that every device sees the same."""
-    rows = torch.randint(len(split.labels), (batch_size,)).to(split.labels.device)
-    return Split(split.images[rows], split.labels[rows])
+Draw = tuple[nn.Module, Split]  # a fresh network, and real images and labels to test it on once trained
+
+
+def draw(make_network: NetworkFactory, split: Split, batch_size: int, *, seed: tuple[int, ...]) -> Draw:
+    """A network and `batch_size` random rows of `split`, with replacement, both from `seed` alone.
+
+    So it is the same on every device, in whichever process, and after whatever was drawn before.
+    """
+    with seeded(mixed(seed)):
+        network = fresh_network(make_network, split.images.device)
+        rows = torch.randint(len(split.labels), (batch_size,)).to(split.labels.device)
+    return network, Split(split.images[rows], split.labels[rows])
+
+
+def draw_window(updates: int, length: int | None, *, seed: tuple[int, ...]) -> tuple[int, int]:
+    """First and last update of a random window of `length`, or of them all."""
+    if length is None:
+        return 0, updates
+    generator = torch.Generator().manual_seed(mixed((*seed, 0, 1)))  # which no network has
+    first = int(torch.randint(updates - length + 1, (), generator=generator))
+    return first, first + length
+
+
+def mixed(seed: tuple[int, ...]) -> int:
+    """One seed out of at most four numbers; those of neighbouring numbers have nothing to do with each other."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's number among those of a torch.distributed job, and how many there are; alone, 0 and 1."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def average_over_processes(distilled: DistilledSet, loss: float, interrupted: bool) -> tuple[float, bool]:
+    """Averages the gradient of `distilled` and `loss` over all processes, and tells whether any was interrupted."""
+    _, processes = process_rank()
+    if processes == 1:
+        return loss, interrupted
+    gradients = [parameter.grad for parameter in distilled.parameters()]
+    message = torch.cat([*map(torch.flatten, gradients), gradients[0].new_tensor([loss, interrupted])])
+    dist.all_reduce(message)  # one for everything, since each costs a round trip
+    message /= processes
+    means = message.split([*map(torch.numel, gradients), 2])
+    for gradient, mean in zip(gradients, means, strict=False):
+        gradient.copy_(mean.view_as(gradient))
+    loss, interruptions = means[-1].tolist()
+    return loss, interruptions > 0
 
 
 @dataclass
@@ -575,7 +821,10 @@ class History:
                 "step_size=, or lower learning_rate= and step_size_learning_rate="
             )
         clipped = min(norm, 2 * self.running_norm)
-        self.running_norm = clipped if math.isinf(self.running_norm) else 0.9 * self.running_norm + 0.1 * clipped
+        if self.running_norm in (0, math.inf):  # nothing to average with yet
+            self.running_norm = norm or math.inf
+        else:
+            self.running_norm = 0.9 * self.running_norm + 0.1 * clipped
 
     def state_dict(self) -> dict:
         return vars(self)
@@ -586,26 +835,42 @@ class History:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file from which `distill` goes on: settings, torch's random state, and the state of each part."""
+    """The file from which `distill` goes on: its settings, and the state of each part."""
 
     path: str | Path | None
     settings: dict
     parts: list  # each with state_dict and load_state_dict
 
     def write(self) -> None:
-        if self.path is None:
+        """Writes the file, in the first process alone."""
+        if self.path is None or process_rank()[0] > 0:
             return
-        states = [part.state_dict() for part in self.parts]
         with atomic_write(self.path) as partial:
-            torch.save({"settings": self.settings, "random": torch.get_rng_state(), "states": states}, partial)
+            torch.save({"settings": self.settings, "states": [part.state_dict() for part in self.parts]}, partial)
 
     def resume(self) -> None:
-        """Puts everything back where the file is there; raises ValueError where it is another run's, or broken."""
+        """Puts everything back where the file is there; every process then starts from what the first one has."""
+        rank, processes = process_rank()
+        message: list = [None]
+        if rank == 0:
+            try:
+                message = [self.read() or [part.state_dict() for part in self.parts]]
+            except ValueError as error:  # which all processes are to end with
+                message = [error]
+        if processes > 1:
+            dist.broadcast_object_list(message)
+        if isinstance(message[0], ValueError):
+            raise message[0]
+        for part, state in zip(self.parts, message[0], strict=True):
+            part.load_state_dict(state)
+
+    def read(self) -> list[dict] | None:
+        """The states in the file, where it is there; raises ValueError where it is another run's, or broken."""
         if self.path is None or not Path(self.path).exists():
-            return
+            return None
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings, random, states = saved["settings"], saved["random"], saved["states"]
+            settings, states = saved["settings"], saved["states"]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise ValueError(
                 f"checkpoint='{self.path}': no checkpoint of distill; delete it or name another"
@@ -620,9 +885,7 @@ class Checkpoint:
             f"checkpoint='{self.path}' is another run's ({'; '.join(changed)}); "
             "name another file, or delete this one to start anew",
         )
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
-        torch.set_rng_state(random)
+        return states
 
 
 @contextlib.contextmanager
@@ -668,27 +931,32 @@ class Accuracies:
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, split: Split, *, batch_size: int = 500) -> float:
-    """The percentage of `split` that `network` classifies as labelled; larger batches fall out of a CPU's cache."""
-    chunks = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
-    right = sum(int((network(images).argmax(-1) == labels).sum()) for images, labels in chunks)
-    return 100 * right / len(split.labels)
+def accuracy(network: nn.Module, split: Split) -> Tensor:
+    """The percentage [] of `split` that `network` classifies as labelled, or [networks] of a `Stack`."""
+    right = sum((network(images).argmax(-1) == labels).sum(-1) for images, labels in in_parts(network, split))
+    return 100 * right / split.labels.shape[-1]
 
 
 def evaluate(
-    distilled: DistilledSet, split: Split, make_network: NetworkFactory, *, networks: int = 100, seed: int = 10_000
+    distilled: DistilledSet,
+    split: Split,
+    make_network: NetworkFactory,
+    *,
+    networks: int = 100,
+    stack: int | None = None,
+    seed: int = 10_000,
 ) -> Accuracies:
     """Accuracies on `split` of `networks` fresh networks, each trained on `distilled` as it was distilled.
 
-    The networks are drawn from `seed`, by default one that no `distill` above uses.
+    The networks are drawn from `seed`, and up to `stack` of them, by default `stack_size`, trained at once.
     """
-    require(networks > 0, f"networks={networks}: give more than 0")
-    values = []
+    require_positive(networks=networks, stack=stack)
+    device, values = split.images.device, []
     with seeded(seed):
-        for _ in range(networks):
-            network = fresh_network(make_network, split.images.device)
-            values.append(accuracy(unroll(network, distilled, track_higher_grads=False), split))
-    return Accuracies(torch.tensor(values))
+        for part in chunks(range(networks), stack or stack_size(device)):
+            drawn = [fresh_network(make_network, device) for _ in part]
+            values.append(accuracy(unroll(side_by_side(drawn), distilled, track_higher_grads=False), split))
+    return Accuracies(torch.cat([value.flatten().cpu() for value in values]))
 
 
 # ----------------------------------------------------------------------------------------- baselines
@@ -748,3 +1016,91 @@ def draw_history(histories: dict[str, History], *, smoothing: int = 20) -> Figur
     right.set(xlabel="outer iteration", ylabel="validation accuracy (%)")
     right.legend()
     return figure
+
+
+# -------------------------------------------------------------------------------------- command line
+
+
+def options_of(function: Callable) -> list[inspect.Parameter]:
+    """The keyword-only arguments of `function`, which are its options on the command line as well."""
+    return [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
+
+
+def add_options(parser: argparse.ArgumentParser, function: Callable) -> None:
+    """Adds the options of `function`, each explained by its line in the docstring."""
+    texts = dict(re.findall(r"^ *(\w+): +(\S.*(?:\n {15,}\S.*)*)", inspect.getdoc(function), re.MULTILINE))
+    for option in options_of(function):
+        flag = "--" + option.name.replace("_", "-")
+        kind = {"int": int, "float": float, "str": str, "bool": bool}[option.annotation.split()[0]]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
+        required = option.default is option.empty
+        default = argparse.SUPPRESS if required else option.default
+        parser.add_argument(flag, required=required, default=default, help=" ".join(texts[option.name].split()), **how)
+
+
+def command_line() -> dict:
+    """The options given, by name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill_utils",
+        description="Distil a dataset for LeNet; under torchrun, several processes do it together.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        conflict_handler="resolve",  # one --seed, for the start and for what distill draws
+    )
+    parser.add_argument("output", help="safetensors file to write the distilled set to")
+    datasets = ["MNIST", "FashionMNIST", "KMNIST", "digits"]
+    parser.add_argument("--dataset", default="MNIST", choices=datasets, help="what to distil")
+    parser.add_argument("--data-root", default="data", help="where the dataset lies, or is downloaded to")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--start", default="real", choices=["real", "noise"], help="what the images are at first")
+    parser.add_argument("--known", type=int, metavar="seed", help="distil for the one initialization of this seed")
+    parser.add_argument("--test-networks", type=int, default=100, help="networks behind the test accuracy")
+    for function in (noise_start, DistilledSet, distill):
+        add_options(parser, function)
+    return vars(parser.parse_args())
+
+
+def run_command(given: dict) -> None:
+    """Distils, and in the first process writes and tests the set."""
+
+    def chosen(function: Callable) -> dict:
+        return {option.name: given[option.name] for option in options_of(function)}
+
+    device, local_rank = pick_device(given["device"]), int(os.environ.get("LOCAL_RANK", 0))
+    several = "LOCAL_RANK" in os.environ  # which torchrun sets
+    if several:
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank) if device.type == "cuda" else torch.device("cpu")
+        dist.init_process_group()
+        if local_rank > 0:  # one process of each machine downloads what is missing, the others wait
+            dist.barrier()
+    if given["dataset"] == "digits":
+        dataset = load_digits(device=device)
+    else:
+        dataset = load_torchvision(getattr(torchvision.datasets, given["dataset"]), given["data_root"], device=device)
+    if several and local_rank == 0:
+        dist.barrier()
+    start = {"real": real_start, "noise": noise_start}[given["start"]]
+    distilled = DistilledSet(*start(dataset, **chosen(start)), **chosen(DistilledSet))
+    known = given["known"] is not None
+    make_network = fixed_initialization(LeNet, seed=given["known"]) if known else LeNet
+    done = len(distill(distilled, dataset, make_network, **chosen(distill)).loss)
+    rank, processes = process_rank()
+    if rank == 0:
+        runner = f"torchrun --nproc-per-node={processes}" if several else "python"
+        command = shlex.join([*runner.split(), "-m", "distill_utils", *sys.argv[1:]])
+        distilled.save(given["output"], dataset=dataset, network="LeNet", seed=given["seed"], command=command)
+        if done < given["iterations"]:  # no time for a test: torchrun ends interrupted processes after 30 seconds
+            print(f"{given['output']}: interrupted after {done} of {given['iterations']} iterations")
+        else:
+            result = evaluate(distilled, dataset.test, make_network, networks=1 if known else given["test_networks"])
+            print(f"{given['output']}: {result} of the test set after {done} iterations")
+    if several:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        run_command(command_line())
+    except (ValueError, FloatingPointError, DatasetUnavailable) as error:
+        sys.exit(f"error: {error}")

@@ -18,14 +18,18 @@ def _restore_defaults():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
-def toy() -> du.Dataset:
+def make_toy() -> du.Dataset:
     """Three well-separated classes of 4×4 images, float32."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     pixels = 0.2 * torch.rand(90, 1, 4, 4, generator=generator)
     pixels[torch.arange(90), 0, labels] += 0.7  # class k has row k bright
     return du.make_dataset("toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device="cpu")
+
+
+@pytest.fixture
+def toy() -> du.Dataset:
+    return make_toy()
 
 
 class Smooth(nn.Sequential):

@@ -1,7 +1,11 @@
 """The unroll's gradients, against two computations that share no code with it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -105,13 +109,118 @@ def test_unroll_is_ordinary_sgd_and_spares_the_network(toy, smooth):
     torch.testing.assert_close(trained, network(real.images))
 
 
-def test_outer_gradient_is_the_mean_over_networks(toy, smooth):
-    distilled, real = make_problem(toy, momentum=0.0)
-    networks = [smooth(), smooth()]
-    halves = [du.Split(real.images[:30], real.labels[:30]), du.Split(real.images[30:], real.labels[30:])]
-    losses = [du.outer_loss(network, distilled, half) for network, half in zip(networks, halves, strict=True)]
-    expected = torch.autograd.grad(sum(losses) / 2, distilled.images)[0]
+class Shifted(nn.Module):
+    """Convolutions, a parameter outside torch.nn's layers, an unused one, and a buffer that differs in each network."""
 
-    mean_loss = du.outer_gradient(distilled, lambda: networks.pop(0), halves)
-    assert mean_loss == pytest.approx((sum(losses) / 2).item())
-    torch.testing.assert_close(distilled.images.grad, expected)
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(4, 1, 1))
+        self.unused = nn.Parameter(torch.rand(2))
+        self.register_buffer("shift", torch.rand(4, 1, 1))
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.tanh(self.scale * self.convolution(images) + self.shift))
+
+
+@pytest.mark.parametrize("options", [{}, {"segment": 3}, {"window": (1, 3)}])
+@pytest.mark.parametrize("stack", [1, 2, 3, 64])
+@pytest.mark.parametrize("make_network", ["smooth", Shifted])
+@pytest.mark.parametrize("one_by_one", [("cpu",), ()])
+def test_a_stack_has_the_gradient_of_networks_one_by_one(
+    toy, smooth, make_network, stack, options, one_by_one, monkeypatch
+):
+    """However three networks are stacked, the gradient is the mean of three separate ones'; also as on a GPU."""
+    monkeypatch.setattr(du.Stack, "ONE_BY_ONE", one_by_one)
+    distilled, real = make_problem(toy, momentum=0.5, learn_labels=True)
+    make_network = smooth if make_network == "smooth" else make_network
+    draws = [
+        (make_network(), du.Split(images, labels))
+        for images, labels in zip(real.images.chunk(3), real.labels.chunk(3), strict=True)
+    ]
+    losses = [du.outer_loss(network, distilled, batch, window=options.get("window")) for network, batch in draws]
+    learned = list(distilled.parameters())
+    expected = torch.autograd.grad(sum(losses) / 3, learned)
+
+    mean_loss = du.outer_gradient(distilled, draws, stack=stack, **options)
+    assert mean_loss == pytest.approx((sum(losses) / 3).item(), rel=1e-12)
+    for parameter, gradient in zip(learned, expected, strict=True):
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_a_stack_of_lenets_has_their_gradient(toy):
+    distilled, _ = make_problem(toy, momentum=0.0)
+    distilled.images.data = torch.randn(2, 3, 1, 28, 28)
+    draws = [(du.LeNet(classes=3), du.Split(torch.randn(7, 1, 28, 28), torch.randint(0, 3, (7,)))) for _ in range(4)]
+    gradients = {}
+    for stack in (1, 4):
+        du.outer_gradient(distilled, draws, stack=stack)
+        gradients[stack] = distilled.images.grad
+    torch.testing.assert_close(gradients[1], gradients[4], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("segment", [1, 2, 4, 6, 100])
+def test_segments_give_the_same_gradient(toy, smooth, momentum, segment):
+    distilled, real = make_problem(toy, momentum=momentum, learn_labels=True, epochs=3)
+    network, learned = smooth(), list(distilled.parameters())
+    losses = [du.outer_loss(network, distilled, real, segment=length) for length in (None, segment)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-14, atol=0)
+    gradients = [torch.autograd.grad(loss, learned) for loss in losses]
+    for whole, segmented in zip(*gradients, strict=True):
+        torch.testing.assert_close(segmented, whole, rtol=1e-12, atol=1e-15)
+
+
+class Kept:
+    """A tensor that autograd keeps for the backward pass, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_segments_take_less_memory(toy):
+    """What an unroll of 64 updates keeps: a fifth or less in eight segments of eight."""
+    distilled, real = make_problem(toy, momentum=0.0, epochs=32)
+
+    def kept(segment: int | None) -> int:
+        """Bytes kept once the loss is there."""
+        alive = weakref.WeakSet()
+
+        def pack(tensor: torch.Tensor) -> Kept:
+            holder = Kept(tensor)
+            alive.add(holder)
+            return holder
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+            loss = du.outer_loss(Shifted(), distilled, real, segment=segment)
+        gc.collect()
+        storages = [holder.tensor.untyped_storage() for holder in alive]
+        assert loss.requires_grad
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    assert kept(8) < 0.2 * kept(None)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_window_differentiates_its_own_updates_alone(toy, smooth, momentum):
+    """As if the first updates had been done before, and the last ones did not exist."""
+    distilled, real = make_problem(toy, momentum=momentum, epochs=3)
+    network = smooth()
+    du.outer_loss(network, distilled, real, window=(1, 4)).backward()
+
+    weights = {name: value.detach().requires_grad_() for name, value in network.named_parameters()}
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    images, step_sizes = distilled.images.detach().clone().requires_grad_(), distilled.step_sizes.detach()
+    for update in range(4):
+        loss = F.cross_entropy(functional_call(network, weights, images[update % 2]), distilled.labels[update % 2])
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        velocity = {name: momentum * velocity[name] + g for name, g in zip(weights, gradients, strict=True)}
+        weights = {name: weights[name] - step_sizes[update] * velocity[name] for name in weights}
+        if update == 0:
+            weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
+            velocity = {name: value.detach() for name, value in velocity.items()}
+    loss = F.cross_entropy(functional_call(network, weights, real.images), real.labels)
+    torch.testing.assert_close(distilled.images.grad, torch.autograd.grad(loss, images)[0], rtol=1e-9, atol=1e-12)
+    assert distilled.raw_step_sizes.grad.nonzero().flatten().tolist() == [1, 2, 3]

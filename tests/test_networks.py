@@ -33,7 +33,18 @@ def test_accuracy_counts_the_whole_split(toy):
     assert du.accuracy(Bright(), toy.test) == 100
     wrong = du.Split(toy.test.images, (toy.test.labels + (torch.arange(30) < 6)) % 3)
     assert du.accuracy(Bright(), wrong) == 80
-    assert du.accuracy(Bright(), wrong, batch_size=7) == 80
+    repeated = du.Split(wrong.images.repeat(60, 1, 1, 1), wrong.labels.repeat(60))  # more than one part's
+    assert du.accuracy(Bright(), repeated) == 80
+
+
+def test_frozen_weights_are_refused(toy, smooth):
+    def frozen():
+        network = smooth()
+        network[1].weight.requires_grad_(False)
+        return network
+
+    with pytest.raises(ValueError, match=r"make_network: 1\.weight require no gradient; register what is not trained"):
+        du.evaluate(du.DistilledSet(*du.real_start(toy, steps=1)), toy.test, frozen, networks=2)
 
 
 def test_evaluate_draws_fresh_networks_and_repeats_them(toy, smooth):

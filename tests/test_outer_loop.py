@@ -161,7 +161,7 @@ def test_another_runs_checkpoint_is_refused(toy, smooth, tmp_path):
         du.distill(start(toy), toy, smooth, checkpoint=path, **SETTINGS)
 
 
-@pytest.mark.parametrize("name", ["iterations", "networks", "batch_size", "learning_rate", "validate_every"])
+@pytest.mark.parametrize("name", ["iterations", "networks", "batch_size", "learning_rate", "window", "stack"])
 def test_bad_settings_are_named_before_any_work(toy, name):
     def no_network():
         pytest.fail("work had begun")
@@ -173,6 +173,33 @@ def test_bad_settings_are_named_before_any_work(toy, name):
 def test_half_an_iteration_is_refused(toy, smooth):
     with pytest.raises(ValueError, match=r"iterations=2\.5: give a whole number"):
         du.distill(start(toy), toy, smooth, **{**SETTINGS, "iterations": 2.5})
+
+
+@pytest.mark.parametrize("options", [{"segment": 2}, {"stack": 1}, {"stack": 2, "segment": 3}])
+def test_segments_and_stacks_change_nothing_but_time_and_memory(toy, smooth, options):
+    plain, other = start(toy), start(toy)
+    expected = du.distill(plain, toy, smooth, **{**SETTINGS, "networks": 3})
+    history = du.distill(other, toy, smooth, **{**SETTINGS, "networks": 3}, **options)
+    assert history.loss == pytest.approx(expected.loss, rel=1e-4)
+    torch.testing.assert_close(other.images, plain.images, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_is_the_same_in_any_stack(toy, smooth):
+    values = [du.evaluate(start(toy), toy.test, smooth, networks=5, stack=stack).values for stack in (1, 2, 5, None)]
+    assert len(set(values[0].tolist())) > 1
+    assert all(torch.equal(value, values[0]) for value in values)
+
+
+def test_a_window_moves_at_random_and_repeatably(toy, smooth):
+    windows = {du.draw_window(4, 2, seed=(0, iteration)) for iteration in range(50)}
+    assert windows == {(0, 2), (1, 3), (2, 4)}
+    runs = [start(toy), start(toy), start(toy)]
+    for run, window in zip(runs, (2, 2, None), strict=True):
+        du.distill(run, toy, smooth, window=window, **SETTINGS)
+    assert_same(runs[0], runs[1])
+    assert not torch.equal(runs[0].images, runs[2].images)
+    with pytest.raises(ValueError, match="window=5: give at most the 4 updates"):
+        du.distill(start(toy), toy, smooth, window=5, **SETTINGS)
 
 
 def test_divergence_names_the_iteration_and_the_remedy(toy, smooth):
