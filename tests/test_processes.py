@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import Smooth, make_toy
@@ -93,8 +94,7 @@ def start_job(folder: Path) -> tuple[subprocess.Popen, list[int]]:
     while not (folder / "run.pt").exists():
         assert job.poll() is None, (folder / "errors").read_text()
         time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True)
-    return job, [int(number) for number in children.stdout.split()]
+    return job, [worker.pid for worker in psutil.Process(job.pid).children()]
 
 
 def test_a_dead_process_ends_the_job_and_one_process_goes_on(tmp_path):
