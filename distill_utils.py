@@ -1,7 +1,8 @@
 """Dataset distillation: learn a few images that train a network, by differentiating through its training.
 
 After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). The pieces stand in the
-order the data flows:
+order the data flows (settings, seeds, files, processes and checkpoints are in `runs`; `python -m distill_utils --help`
+tells of the command line):
 
     data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits
     networks        LeNet, Stack, fixed_initialization
@@ -11,7 +12,6 @@ order the data flows:
     evaluation      accuracy, evaluate, Accuracies
     baselines       train
     figures         draw_images, draw_history
-    command line    python -m distill_utils, or torchrun -m distill_utils
 
 A *network factory* is any callable that takes no arguments and returns a freshly initialized `nn.Module`, whose
 output for images [n, c, h, w] is class scores [n, classes]. Networks stay in training mode throughout, so choose ones
@@ -21,21 +21,12 @@ Images are "normalized" when `(pixel - mean) / std` has been applied to pixels i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import functools
-import inspect
 import io
 import itertools
 import math
-import os
-import pickle
-import re
-import shlex
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -44,34 +35,30 @@ from typing import NamedTuple
 
 import higher
 import matplotlib.pyplot as plt
-import numpy as np
 import safetensors
 import safetensors.torch
 import sklearn.datasets
 import sklearn.model_selection
 import torch
-import torch.distributed as dist
 import torchvision
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from runs import (
+    Checkpoint,
+    atomic_write,
+    average_over_processes,
+    mixed,
+    process_rank,
+    progress_bar,
+    require,
+    require_positive,
+    seeded,
+    stop_on_interrupt,
+)
 
 NetworkFactory = Callable[[], nn.Module]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_positive(**settings: float | str | None) -> None:
-    """Raises ValueError for a number that is not above 0, or not whole where it counts something."""
-    for name, value in settings.items():
-        if isinstance(value, (int, float)):
-            require(value > 0, f"{name}={value}: give more than 0")
-            require(isinstance(value, int) or name.endswith("rate"), f"{name}={value}: give a whole number")
 
 
 def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -87,14 +74,6 @@ def pick_device(name: str = "auto") -> torch.device:
     choices = ", ".join(kind for kind in there if there[kind])
     require(there.get(name.split(":")[0], False), f"name='{name}': not on this machine; give auto or one of {choices}")
     return torch.device(name)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Runs a block from `seed` and puts the caller's random state back afterwards."""
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-        torch.manual_seed(seed)
-        yield
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -168,23 +147,40 @@ def make_dataset(
     )
 
 
-def load_torchvision(
-    source: type[torchvision.datasets.MNIST], root: str | Path, *, device: torch.device | str, validation: int = 5000
-) -> Dataset:
-    """A torchvision dataset of MNIST's layout (`MNIST`, `FashionMNIST`, `KMNIST`), downloaded to `root` where missing.
+TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "USPS", "SVHN")  # what load_torchvision knows
 
-    Raises DatasetUnavailable, with the remedy, where it is neither in `root` nor downloadable.
+
+def load_torchvision(name: str, root: str | Path, *, device: torch.device | str) -> Dataset:
+    """One of torchvision's datasets MNIST, FashionMNIST, KMNIST, USPS and SVHN, downloaded to `root` where missing.
+
+    Images are made grey and 28×28 where they are not; one training image in twelve is held out for validation.
+    Raises DatasetUnavailable, with the remedy, where the dataset is neither in `root` nor downloadable.
     """
+    require(name in TORCHVISION, f"name='{name}': give one of {', '.join(TORCHVISION)}")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            parts = [source(root, train=train, download=True) for train in (True, False)]
+            source = getattr(torchvision.datasets, name)
+            splits = [{"split": "train"}, {"split": "test"}] if name == "SVHN" else [{"train": True}, {"train": False}]
+            parts = [source(root, download=True, **split) for split in splits]
     except (OSError, RuntimeError) as error:
+        where = f"a folder {name}/raw with its four files" if "MNIST" in name else "its two files"
         raise DatasetUnavailable(
-            f"{source.__name__} is not in root='{root}' and could not be downloaded there ({type(error).__name__}). "
-            f"Connect to the internet once, or copy a folder {source.__name__}/raw with its four files into root."
+            f"{name} is not in root='{root}' and could not be downloaded there ({type(error).__name__}). "
+            f"Connect to the internet once, or copy {where} into root."
         ) from error
-    train, test = ((part.data[:, None].float() / 255, part.targets) for part in parts)
-    return make_dataset(source.__name__, train, test, validation=validation, device=device)
+    train, test = (
+        (small_and_grey(torch.as_tensor(part.data)), torch.as_tensor(part.labels if name == "SVHN" else part.targets))
+        for part in parts
+    )
+    return make_dataset(name, train, test, validation=len(train[1]) // 12, device=device)
+
+
+def small_and_grey(pixels: Tensor) -> Tensor:
+    """Pixels [n, h, w] or [n, 3, h, w] in 0..255 as [n, 1, 28, 28] in 0..1."""
+    pixels = (pixels[:, None] if pixels.dim() == 3 else pixels).float().mean(1, keepdim=True) / 255
+    if pixels.shape[-2:] != (28, 28):
+        pixels = F.interpolate(pixels, size=(28, 28), mode="bilinear", antialias=True)
+    return pixels
 
 
 def load_mnist(root: str | Path, *, device: torch.device | str) -> Dataset:
@@ -192,7 +188,7 @@ def load_mnist(root: str | Path, *, device: torch.device | str) -> Dataset:
 
     Raises DatasetUnavailable as `load_torchvision` does.
     """
-    return load_torchvision(torchvision.datasets.MNIST, root, device=device)
+    return load_torchvision("MNIST", root, device=device)
 
 
 def load_digits(*, device: torch.device | str) -> Dataset:
@@ -486,16 +482,6 @@ class DistilledSet(nn.Module):
             raise ValueError(f"path='{path}': {error}") from error
 
 
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Gives a neighbouring path to write to, and puts it in the place of `path` only once it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
-
-
 # ---------------------------------------------------------------------------------------- inner loop
 
 
@@ -707,7 +693,8 @@ def distill(
                 draw(make_network, dataset.train, batch_size, seed=(seed, iteration, number)) for number in numbers
             ]
             loss = outer_gradient(distilled, draws, stack=stack, segment=segment, window=span)
-            loss, stop = average_over_processes(distilled, loss, interrupted.is_set())
+            gradients = [parameter.grad for parameter in distilled.parameters()]
+            loss, stop = average_over_processes(gradients, loss, interrupted.is_set())
             history.clip_gradient(distilled)
             optimizer.step()
             cosine.step()
@@ -732,11 +719,6 @@ def outer_optimizer(
     return torch.optim.Adam(groups, betas=(0.5, 0.999))
 
 
-def progress_bar(iterable: range, **options) -> tqdm:
-    """A bar as plain text, which stays readable in a stored notebook; drawn each second, as more would cost time."""
-    return tqdm(iterable, file=sys.stdout, ncols=100, mininterval=1.0, **options)
-
-
 Draw = tuple[nn.Module, Split]  # a fresh network, and real images and labels to test it on once trained
 
 
@@ -758,33 +740,6 @@ def draw_window(updates: int, length: int | None, *, seed: tuple[int, ...]) -> t
     generator = torch.Generator().manual_seed(mixed((*seed, 0, 1)))  # which no network has
     first = int(torch.randint(updates - length + 1, (), generator=generator))
     return first, first + length
-
-
-def mixed(seed: tuple[int, ...]) -> int:
-    """One seed out of at most four numbers; those of neighbouring numbers have nothing to do with each other."""
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
-def process_rank() -> tuple[int, int]:
-    """This process's number among those of a torch.distributed job, and how many there are; alone, 0 and 1."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
-
-
-def average_over_processes(distilled: DistilledSet, loss: float, interrupted: bool) -> tuple[float, bool]:
-    """Averages the gradient of `distilled` and `loss` over all processes, and tells whether any was interrupted."""
-    _, processes = process_rank()
-    if processes == 1:
-        return loss, interrupted
-    gradients = [parameter.grad for parameter in distilled.parameters()]
-    message = torch.cat([*map(torch.flatten, gradients), gradients[0].new_tensor([loss, interrupted])])
-    dist.all_reduce(message)  # one for everything, since each costs a round trip
-    message /= processes
-    means = message.split([*map(torch.numel, gradients), 2])
-    for gradient, mean in zip(gradients, means, strict=False):
-        gradient.copy_(mean.view_as(gradient))
-    loss, interruptions = means[-1].tolist()
-    return loss, interruptions > 0
 
 
 @dataclass
@@ -831,81 +786,6 @@ class History:
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The file from which `distill` goes on: its settings, and the state of each part."""
-
-    path: str | Path | None
-    settings: dict
-    parts: list  # each with state_dict and load_state_dict
-
-    def write(self) -> None:
-        """Writes the file, in the first process alone."""
-        if self.path is None or process_rank()[0] > 0:
-            return
-        with atomic_write(self.path) as partial:
-            torch.save({"settings": self.settings, "states": [part.state_dict() for part in self.parts]}, partial)
-
-    def resume(self) -> None:
-        """Puts everything back where the file is there; every process then starts from what the first one has."""
-        rank, processes = process_rank()
-        message: list = [None]
-        if rank == 0:
-            try:
-                message = [self.read() or [part.state_dict() for part in self.parts]]
-            except ValueError as error:  # which all processes are to end with
-                message = [error]
-        if processes > 1:
-            dist.broadcast_object_list(message)
-        if isinstance(message[0], ValueError):
-            raise message[0]
-        for part, state in zip(self.parts, message[0], strict=True):
-            part.load_state_dict(state)
-
-    def read(self) -> list[dict] | None:
-        """The states in the file, where it is there; raises ValueError where it is another run's, or broken."""
-        if self.path is None or not Path(self.path).exists():
-            return None
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings, states = saved["settings"], saved["states"]
-        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"checkpoint='{self.path}': no checkpoint of distill; delete it or name another"
-            ) from error
-        changed = [
-            f"{name}={settings.get(name)} there, {value} here"
-            for name, value in self.settings.items()
-            if settings.get(name) != value
-        ]
-        require(
-            not changed,
-            f"checkpoint='{self.path}' is another run's ({'; '.join(changed)}); "
-            "name another file, or delete this one to start anew",
-        )
-        return states
-
-
-@contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Within the block, Ctrl-C sets the event given, so that work ends whole; a second Ctrl-C interrupts at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield interrupted
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def stop(*_: object) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 # ---------------------------------------------------------------------------------------- evaluation
@@ -1018,89 +898,7 @@ def draw_history(histories: dict[str, History], *, smoothing: int = 20) -> Figur
     return figure
 
 
-# -------------------------------------------------------------------------------------- command line
-
-
-def options_of(function: Callable) -> list[inspect.Parameter]:
-    """The keyword-only arguments of `function`, which are its options on the command line as well."""
-    return [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
-
-
-def add_options(parser: argparse.ArgumentParser, function: Callable) -> None:
-    """Adds the options of `function`, each explained by its line in the docstring."""
-    texts = dict(re.findall(r"^ *(\w+): +(\S.*(?:\n {15,}\S.*)*)", inspect.getdoc(function), re.MULTILINE))
-    for option in options_of(function):
-        flag = "--" + option.name.replace("_", "-")
-        kind = {"int": int, "float": float, "str": str, "bool": bool}[option.annotation.split()[0]]
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": kind.__name__}
-        required = option.default is option.empty
-        default = argparse.SUPPRESS if required else option.default
-        parser.add_argument(flag, required=required, default=default, help=" ".join(texts[option.name].split()), **how)
-
-
-def command_line() -> dict:
-    """The options given, by name."""
-    parser = argparse.ArgumentParser(
-        prog="python -m distill_utils",
-        description="Distil a dataset for LeNet; under torchrun, several processes do it together.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        conflict_handler="resolve",  # one --seed, for the start and for what distill draws
-    )
-    parser.add_argument("output", help="safetensors file to write the distilled set to")
-    datasets = ["MNIST", "FashionMNIST", "KMNIST", "digits"]
-    parser.add_argument("--dataset", default="MNIST", choices=datasets, help="what to distil")
-    parser.add_argument("--data-root", default="data", help="where the dataset lies, or is downloaded to")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--start", default="real", choices=["real", "noise"], help="what the images are at first")
-    parser.add_argument("--known", type=int, metavar="seed", help="distil for the one initialization of this seed")
-    parser.add_argument("--test-networks", type=int, default=100, help="networks behind the test accuracy")
-    for function in (noise_start, DistilledSet, distill):
-        add_options(parser, function)
-    return vars(parser.parse_args())
-
-
-def run_command(given: dict) -> None:
-    """Distils, and in the first process writes and tests the set."""
-
-    def chosen(function: Callable) -> dict:
-        return {option.name: given[option.name] for option in options_of(function)}
-
-    device, local_rank = pick_device(given["device"]), int(os.environ.get("LOCAL_RANK", 0))
-    several = "LOCAL_RANK" in os.environ  # which torchrun sets
-    if several:
-        if device.type == "cuda":
-            torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank) if device.type == "cuda" else torch.device("cpu")
-        dist.init_process_group()
-        if local_rank > 0:  # one process of each machine downloads what is missing, the others wait
-            dist.barrier()
-    if given["dataset"] == "digits":
-        dataset = load_digits(device=device)
-    else:
-        dataset = load_torchvision(getattr(torchvision.datasets, given["dataset"]), given["data_root"], device=device)
-    if several and local_rank == 0:
-        dist.barrier()
-    start = {"real": real_start, "noise": noise_start}[given["start"]]
-    distilled = DistilledSet(*start(dataset, **chosen(start)), **chosen(DistilledSet))
-    known = given["known"] is not None
-    make_network = fixed_initialization(LeNet, seed=given["known"]) if known else LeNet
-    done = len(distill(distilled, dataset, make_network, **chosen(distill)).loss)
-    rank, processes = process_rank()
-    if rank == 0:
-        runner = f"torchrun --nproc-per-node={processes}" if several else "python"
-        command = shlex.join([*runner.split(), "-m", "distill_utils", *sys.argv[1:]])
-        distilled.save(given["output"], dataset=dataset, network="LeNet", seed=given["seed"], command=command)
-        if done < given["iterations"]:  # no time for a test: torchrun ends interrupted processes after 30 seconds
-            print(f"{given['output']}: interrupted after {done} of {given['iterations']} iterations")
-        else:
-            result = evaluate(distilled, dataset.test, make_network, networks=1 if known else given["test_networks"])
-            print(f"{given['output']}: {result} of the test set after {done} iterations")
-    if several:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    try:
-        run_command(command_line())
-    except (ValueError, FloatingPointError, DatasetUnavailable) as error:
-        sys.exit(f"error: {error}")
+    import command_line
+
+    command_line.main()

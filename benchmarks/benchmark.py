@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill_utils as du
+import runs
 
 RESULTS = Path(__file__).with_name("results.md")
 METHODS = {
@@ -41,7 +42,7 @@ def make_problem(
     *, updates: int = 30, networks: int = 1, batch_size: int = 256, device: str = "cpu"
 ) -> tuple[du.DistilledSet, list[du.Draw]]:
     """Ten steps of ten images for `updates` updates, and networks with real batches; random, since only time counts."""
-    with du.seeded(0):
+    with runs.seeded(0):
         images, labels = torch.randn(10, 10, 1, 28, 28), torch.eye(10).repeat(10, 1, 1)
         distilled = du.DistilledSet(images, labels, epochs=updates // 10, step_size=0.02).to(device)
         split = du.Split(torch.randn(4096, 1, 28, 28, device=device), torch.randint(10, (4096,), device=device))
@@ -134,7 +135,7 @@ def check_gradients(device: str) -> None:
         method(distilled, draws)
         gradients[name] = distilled.images.grad
         error = (gradients[name] - gradients[OURS]).norm() / gradients[OURS].norm()
-        du.require(error < 1e-3, f"{name}: its gradient is off by {error:.1e} of the norm; the comparison is void")
+        runs.require(error < 1e-3, f"{name}: its gradient is off by {error:.1e} of the norm; the comparison is void")
 
 
 def profiled(arguments: argparse.Namespace) -> str:
@@ -188,10 +189,11 @@ def worker(networks: int) -> None:
 
     def iterate() -> None:
         du.outer_gradient(distilled, draws)
-        du.average_over_processes(distilled, 0.0, False)
+        gradients = [parameter.grad for parameter in distilled.parameters()]
+        runs.average_over_processes(gradients, 0.0, False)
 
     median = medians({"": iterate}, 5)[""]
-    if du.process_rank()[0] == 0:
+    if runs.process_rank()[0] == 0:
         print(json.dumps(median))
     torch.distributed.destroy_process_group()
 

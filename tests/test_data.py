@@ -1,5 +1,6 @@
 """Datasets: their splits and ranges, and what happens where one is missing."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -57,6 +58,42 @@ def test_a_dataset_that_cannot_be_had_says_how_to_get_it(tmp_path, monkeypatch):
         du.load_mnist(tmp_path, device="cpu")
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def fake_source(data, labels: dict):
+    """A class like torchvision's, which holds 24 images `data` and whose labels are called as in `labels`."""
+
+    class Source:
+        def __init__(self, root, download, train=True, split="train"):
+            vars(self).update(data=data, **labels)
+
+    return Source
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "labels"),
+    [
+        ("USPS", np.full((24, 16, 16), 51, dtype=np.uint8), {"targets": [0, 1, 2] * 8}),
+        ("SVHN", np.full((24, 3, 32, 32), 51, dtype=np.uint8), {"labels": np.array([0, 1, 2] * 8)}),
+    ],
+)
+def test_other_digits_come_grey_and_in_mnists_size(name, data, labels, monkeypatch):
+    """In the form that torchvision gives them; the files themselves are not at hand."""
+    data[0] += 51  # so that they have a spread to be normalized by
+    monkeypatch.setattr(torchvision.datasets, name, fake_source(data, labels))
+    dataset = du.load_torchvision(name, "anywhere", device="cpu")
+    assert (dataset.name, dataset.classes) == (name, 3)
+    assert dataset.train.images.shape == (22, 1, 28, 28)
+    assert len(dataset.validation.labels) == 2
+    pixels = dataset.test.images * dataset.std + dataset.mean
+    torch.testing.assert_close(pixels[0], torch.full((1, 28, 28), 0.4))
+    torch.testing.assert_close(pixels[1], torch.full((1, 28, 28), 0.2))
+    assert dataset.test.labels.tolist() == [0, 1, 2] * 8
+
+
+def test_an_unknown_dataset_is_named():
+    with pytest.raises(ValueError, match="name='CIFAR10': give one of MNIST, FashionMNIST"):
+        du.load_torchvision("CIFAR10", "anywhere", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Smooth, make_toy
 
+import command_line
 import distill_utils as du
 
 ROOT = Path(du.__file__).parent
@@ -137,10 +138,10 @@ def test_an_interrupted_job_writes_what_it_has(tmp_path):
 def test_the_command_line_has_every_option_of_distill(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["distill_utils", "--help"])
     with pytest.raises(SystemExit):
-        du.command_line()
+        command_line.command_line()
     text = " ".join(capsys.readouterr().out.split())
     for function in (du.distill, du.DistilledSet, du.noise_start):
-        for option in du.options_of(function):
+        for option in command_line.options_of(function):
             assert f"--{option.name.replace('_', '-')}" in text
     assert "step sizes: roughly, their relative change in one iteration (default: 0.01)" in text
 
@@ -148,7 +149,7 @@ def test_the_command_line_has_every_option_of_distill(monkeypatch, capsys):
 def test_the_command_line_passes_its_options_on(monkeypatch):
     line = "set.safetensors --steps 2 --iterations 7 --learning-rate 0.5 --learn-labels --no-progress --window 1"
     monkeypatch.setattr(sys, "argv", ["distill_utils", *line.split()])
-    given = du.command_line()
+    given = command_line.command_line()
     assert (given["steps"], given["iterations"], given["learning_rate"], given["window"]) == (2, 7, 0.5, 1)
     assert (given["learn_labels"], given["progress"], given["segment"]) == (True, False, None)
 
