@@ -4,13 +4,13 @@ After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10
 order the data flows (settings, seeds, files, processes and checkpoints are in `runs`; `python -m distill_utils --help`
 tells of the command line):
 
-    data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits
-    networks        LeNet, Stack, fixed_initialization
+    data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits, relabel
+    networks        LeNet, Stack, fixed_initialization, one_of
     distilled set   noise_start, real_start, DistilledSet
     inner loop      inner_loop, unroll
     outer loop      outer_loss, distill, History
     evaluation      accuracy, evaluate, Accuracies
-    baselines       train
+    baselines       train, cluster_centers, tuned
     figures         draw_images, draw_history
 
 A *network factory* is any callable that takes no arguments and returns a freshly initialized `nn.Module`, whose
@@ -28,7 +28,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ import higher
 import matplotlib.pyplot as plt
 import safetensors
 import safetensors.torch
+import sklearn.cluster
 import sklearn.datasets
 import sklearn.model_selection
 import torch
@@ -100,10 +101,7 @@ class Dataset:
     train: Split
     validation: Split  # for every choice of a setting
     test: Split  # for final figures alone
-
-    @property
-    def classes(self) -> int:
-        return int(self.train.labels.max()) + 1
+    classes: int
 
 
 def make_dataset(
@@ -142,9 +140,8 @@ def make_dataset(
         return Split(((pixels.float() - mean) / std).to(device), labels.long().to(device))
 
     held_out, kept = order[:validation], order[validation:]
-    return Dataset(
-        name, mean, std, split(pixels[kept], labels[kept]), split(pixels[held_out], labels[held_out]), split(*test)
-    )
+    train, validation = split(pixels[kept], labels[kept]), split(pixels[held_out], labels[held_out])
+    return Dataset(name, mean, std, train, validation, split(*test), classes)
 
 
 TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "USPS", "SVHN")  # what load_torchvision knows
@@ -204,13 +201,27 @@ def load_digits(*, device: torch.device | str) -> Dataset:
     return make_dataset("scikit-learn digits", train, test, validation=200, device=device)
 
 
+def relabel(dataset: Dataset, source: int, target: int) -> Dataset:
+    """`dataset` with the images of class `source` labelled `target`: what the paper's data poisoning attack teaches."""
+    for name, label in {"source": source, "target": target}.items():
+        require(0 <= label < dataset.classes, f"{name}={label}: give a class, 0 to {dataset.classes - 1}")
+
+    def attacked(split: Split) -> Split:
+        return Split(split.images, split.labels.where(split.labels != source, target))
+
+    splits = {name: attacked(getattr(dataset, name)) for name in ("train", "validation", "test")}
+    return replace(dataset, name=f"{dataset.name}, {source} as {target}", **splits)
+
+
 # ------------------------------------------------------------------------------------------ networks
 
 
 class LeNet(nn.Sequential):
     """The paper's LeNet for 28×28 images: Xavier-normal weights, zero biases, drawn from torch's random state."""
 
-    def __init__(self, *, classes: int = 10, channels: int = 1) -> None:
+    def __init__(
+        self, *, classes: int = 10, channels: int = 1, initialize: Callable[[Tensor], object] = nn.init.xavier_normal_
+    ) -> None:
         super().__init__(
             nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),  # [n, 6, 14, 14]
             nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),  # [n, 16, 5, 5]
@@ -220,7 +231,7 @@ class LeNet(nn.Sequential):
             nn.Linear(84, classes),
         )  # fmt: skip
         for parameter in self.parameters():
-            nn.init.xavier_normal_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+            initialize(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
 
 
 def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Module:
@@ -297,6 +308,12 @@ def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkF
     with seeded(seed):
         network = fresh_network(make_network, torch.device("cpu"))
     return lambda: copy.deepcopy(network)
+
+
+def one_of(networks: Sequence[nn.Module]) -> NetworkFactory:
+    """A factory that returns one of `networks` at random: the paper's pretrained, unknown initialization."""
+    require(len(networks) > 0, "networks: none given; train at least one")
+    return lambda: networks[int(torch.randint(len(networks), ()))]
 
 
 # ------------------------------------------------------------------------------------- distilled set
@@ -859,6 +876,40 @@ def train(
             F.cross_entropy(network(split.images[rows]), split.labels[rows]).backward()
             optimizer.step()
     return network
+
+
+def cluster_centers(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """K-means centers of each class of the training images, and labels, in the shape of `real_start`.
+
+    One center a class is the mean of its images.
+    """
+    labels = torch.eye(dataset.classes).repeat(steps, per_class, 1)
+    centers = []
+    for label in range(dataset.classes):
+        images = dataset.train.images[dataset.train.labels == label].flatten(1).cpu()
+        clusters = sklearn.cluster.KMeans(steps * per_class, n_init=1, random_state=seed).fit(images.numpy())
+        centers.append(torch.from_numpy(clusters.cluster_centers_))
+    images = torch.stack(centers, dim=1)  # [steps × per_class, classes, c × h × w]
+    shape = (*labels.shape[:2], *dataset.train.images.shape[1:])
+    return images.reshape(shape).to(dataset.train.images), labels.to(dataset.train.images)
+
+
+def tuned(
+    images: Tensor,
+    labels: Tensor,
+    dataset: Dataset,
+    make_network: NetworkFactory,
+    *,
+    epochs: int,
+    networks: int = 5,
+    step_sizes: Sequence[float] = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5),
+) -> DistilledSet:
+    """Given images [steps, n, c, h, w] as they are, at the one of `step_sizes` that does best on validation.
+
+    What any distilled set has to beat: the same number of updates on images that nothing was learned about.
+    """
+    candidates = [DistilledSet(images, labels, epochs=epochs, step_size=size) for size in step_sizes]
+    return max(candidates, key=lambda c: evaluate(c, dataset.validation, make_network, networks=networks).mean)
 
 
 # ------------------------------------------------------------------------------------------- figures

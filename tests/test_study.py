@@ -1,0 +1,169 @@
+"""The study's pieces at small size, on scikit-learn's digits and toys: selection, attack, what is kept and reported."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import Smooth, make_toy
+from torch import nn
+
+import distill_utils as du
+import study
+from runs import seeded
+
+
+class Linear(nn.Sequential):
+    """The least network that can be taught and attacked."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(28 * 28, 10))
+
+
+@pytest.fixture(scope="module")
+def digits() -> du.Dataset:
+    return du.load_digits(device="cpu")
+
+
+def trained(dataset: du.Dataset, count: int) -> list[nn.Module]:
+    with seeded(0):
+        return [du.train(Linear(), dataset.train, epochs=5, step_size=0.01) for _ in range(count)]
+
+
+def test_one_center_of_a_class_is_its_mean(digits):
+    images, labels = du.cluster_centers(digits, steps=1)
+    assert images.shape == (1, 10, 1, 28, 28)
+    assert labels[0].argmax(-1).tolist() == list(range(10))
+    for label in (0, 7):
+        mean = digits.train.images[digits.train.labels == label].mean(0)
+        torch.testing.assert_close(images[0, label], mean, atol=1e-4, rtol=1e-4)
+
+
+def test_centers_lie_closer_to_their_class_than_random_images_do(digits):
+    images, labels = du.cluster_centers(digits, steps=4, per_class=2)
+    assert (images.shape, labels.shape) == ((4, 20, 1, 28, 28), (4, 20, 10))
+
+    def mean_distance(images, labels):
+        kinds = labels.argmax(-1)
+        return sum(
+            torch.cdist(
+                digits.train.images[digits.train.labels == label].flatten(1), images[kinds == label].flatten(1)
+            ).amin(1).mean()
+            for label in range(10)
+        )  # fmt: skip
+
+    assert mean_distance(images, labels) < mean_distance(*du.real_start(digits, steps=4, per_class=2))
+
+
+def test_the_step_size_that_validates_best_is_chosen(digits):
+    start = du.real_start(digits, steps=2)
+    chosen = du.tuned(*start, digits, Linear, epochs=3, networks=3, step_sizes=(1e-6, 0.02, 1e3))
+    assert chosen.step_sizes.tolist() == pytest.approx([0.02] * 6)
+    assert torch.equal(chosen.images, start[0])
+
+
+def test_relabelling_changes_one_class_and_nothing_else(digits):
+    poisoned = du.relabel(digits, 9, 4)
+    for name in ("train", "validation", "test"):
+        before, after = getattr(digits, name), getattr(poisoned, name)
+        assert torch.equal(before.images, after.images)
+        assert (after.labels[before.labels == 9] == 4).all()
+        assert torch.equal(after.labels[before.labels != 9], before.labels[before.labels != 9])
+    assert poisoned.classes == 10, "networks keep their ten outputs"
+    with pytest.raises(ValueError, match="target=10: give a class, 0 to 9"):
+        du.relabel(digits, 1, 10)
+
+
+def test_pretrained_networks_are_drawn_from_all_and_stay_as_they_are():
+    toy = make_toy()
+    with seeded(0):
+        networks = [Smooth() for _ in range(4)]
+    before = [[weight.clone() for weight in network.parameters()] for network in networks]
+    make_network = du.one_of(networks)
+    assert {id(make_network()) for _ in range(100)} == set(map(id, networks))
+    distilled = du.DistilledSet(*du.noise_start(toy, steps=2), epochs=2, step_size=0.1)
+    for count in (1, 3):  # alone and in a stack
+        du.distill(distilled, toy, make_network, iterations=3, networks=count, progress=False)
+    for network, weights in zip(networks, before, strict=True):
+        assert all(map(torch.equal, network.parameters(), weights))
+    with pytest.raises(ValueError, match="networks: none given"):
+        du.one_of([])
+
+
+def test_an_attack_takes_one_class_for_another_and_spares_the_others(digits):
+    networks = trained(digits, 4)
+    poisoned = du.relabel(digits, 0, 1)
+    distilled = du.DistilledSet(*du.real_start(digits, steps=1), step_size=0.05)
+    options = {"iterations": 300, "learning_rate": 0.1, "step_size_learning_rate": 0.03, "progress": False}
+    du.distill(distilled, poisoned, du.one_of(networks[:2]), **options)
+    attacked = digits.test.labels == 0
+    taken = du.Split(poisoned.test.images[attacked], poisoned.test.labels[attacked])
+    others = du.Split(digits.test.images[~attacked], digits.test.labels[~attacked])
+    held_out = networks[2:]
+    assert max(du.accuracy(network, taken) for network in held_out) < 5
+    result = [du.evaluate(distilled, split, study.in_turn(held_out), networks=2).mean for split in (taken, others)]
+    assert result[0] > 60
+    assert result[1] > 80
+
+
+def test_neighbours_label_their_own_images_rightly(digits):
+    images, labels = du.real_start(digits, steps=3)
+    own = du.Split(images.flatten(0, 1), labels.flatten(0, 1).argmax(-1))
+    assert study.neighbour_accuracy(images, labels, own, 2, 1) == 100
+    assert 50 < study.neighbour_accuracy(images, labels, digits.test, 1, 3) < 100
+
+
+def small(name: str, results, digits) -> study.Study:
+    """An experiment's surroundings, with few digits in the place of MNIST."""
+    few = {part: du.Split(*(column[:80] for column in getattr(digits, part))) for part in ("validation", "test")}
+    dataset = replace(digits, **few)
+    made = study.Study(name, results, torch.device("cpu"), "", fraction=0.002, networks=2)
+    made.mnist = made.digits = dataset
+    return made
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["known-10-seed1", "unknown-noise-seed0", "baselines", "nearest-neighbours", "sweep-2x50x3", "initializations",
+     "adapt-digits-to-mnist", "attack"],
+)  # fmt: skip
+def test_each_kind_of_experiment_writes_its_rows_and_sets(name, tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(study, "PRETRAINING", {digits.name: {"epochs": 1, "batch_size": 400}})
+    surroundings = small(name, tmp_path, digits)
+    study.EXPERIMENTS[name](surroundings)
+    surroundings.write(1.0)
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["rows"]
+    for row in record["rows"].values():
+        assert all(0 <= value <= 100 for value in row["values"])
+        if row["file"]:
+            du.DistilledSet.load(tmp_path / row["file"])
+
+
+def test_an_interrupted_distillation_leaves_no_result(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(du, "distill", lambda *_, **__: du.History(loss=[1.0]))
+    surroundings = small("known-10-seed0", tmp_path, digits)
+    with pytest.raises(SystemExit, match="interrupted"):
+        study.EXPERIMENTS["known-10-seed0"](surroundings)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
+    (tmp_path / "attack.json").write_text(json.dumps({"rows": {"0 as 1, known, taken": {"values": [50.0]}}}))
+    ran = []
+    experiments = {name: partial(lambda name, _: ran.append(name), name) for name in ("attack", "baselines")}
+    monkeypatch.setattr(study, "EXPERIMENTS", experiments)
+    options = ["--results", str(tmp_path), "--workers", "1", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["study.py", *options])
+    study.main()
+    assert ran == ["baselines"]
+
+
+def test_the_summary_is_computed_from_the_stored_accuracies(tmp_path):
+    for seed, values in enumerate(([80.0, 82.0], [84.0, 86.0])):
+        record = {"rows": {"unknown": {"values": values, "file": None}}}
+        (tmp_path / f"unknown-noise-seed{seed}.json").write_text(json.dumps(record))
+    (line,) = [line for line in study.summary(tmp_path).splitlines() if "from noise" in line]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2:6] == ["79.5 ± 8.1", "83.0 ± 2.6%", "+3.5", "4 networks; seeds' means 81.0, 85.0"]
