@@ -10,8 +10,9 @@ from conftest import Smooth, make_toy
 from torch import nn
 
 import distill_utils as du
-import study
 from runs import seeded
+from study import __main__ as command
+from study import experiments, report
 
 
 class Linear(nn.Sequential):
@@ -102,7 +103,9 @@ def test_an_attack_takes_one_class_for_another_and_spares_the_others(digits):
     others = du.Split(digits.test.images[~attacked], digits.test.labels[~attacked])
     held_out = networks[2:]
     assert max(du.accuracy(network, taken) for network in held_out) < 5
-    result = [du.evaluate(distilled, split, study.in_turn(held_out), networks=2).mean for split in (taken, others)]
+    result = [
+        du.evaluate(distilled, split, experiments.in_turn(held_out), networks=2).mean for split in (taken, others)
+    ]
     assert result[0] > 60
     assert result[1] > 80
 
@@ -110,15 +113,15 @@ def test_an_attack_takes_one_class_for_another_and_spares_the_others(digits):
 def test_neighbours_label_their_own_images_rightly(digits):
     images, labels = du.real_start(digits, steps=3)
     own = du.Split(images.flatten(0, 1), labels.flatten(0, 1).argmax(-1))
-    assert study.neighbour_accuracy(images, labels, own, 2, 1) == 100
-    assert 50 < study.neighbour_accuracy(images, labels, digits.test, 1, 3) < 100
+    assert experiments.neighbour_accuracy(images, labels, own, 2, 1) == 100
+    assert 50 < experiments.neighbour_accuracy(images, labels, digits.test, 1, 3) < 100
 
 
-def small(name: str, results, digits) -> study.Study:
+def small(name: str, results, digits) -> experiments.Study:
     """An experiment's surroundings, with few digits in the place of MNIST."""
     few = {part: du.Split(*(column[:80] for column in getattr(digits, part))) for part in ("validation", "test")}
     dataset = replace(digits, **few)
-    made = study.Study(name, results, torch.device("cpu"), "", fraction=0.002, networks=2)
+    made = experiments.Study(name, results, torch.device("cpu"), "", fraction=0.002, networks=2)
     made.mnist = made.digits = dataset
     return made
 
@@ -129,9 +132,9 @@ def small(name: str, results, digits) -> study.Study:
      "adapt-digits-to-mnist", "attack"],
 )  # fmt: skip
 def test_each_kind_of_experiment_writes_its_rows_and_sets(name, tmp_path, digits, monkeypatch):
-    monkeypatch.setattr(study, "PRETRAINING", {digits.name: {"epochs": 1, "batch_size": 400}})
+    monkeypatch.setattr(experiments, "PRETRAINING", {digits.name: {"epochs": 1, "batch_size": 400}})
     surroundings = small(name, tmp_path, digits)
-    study.EXPERIMENTS[name](surroundings)
+    experiments.EXPERIMENTS[name](surroundings)
     surroundings.write(1.0)
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["rows"]
@@ -145,7 +148,7 @@ def test_an_interrupted_distillation_leaves_no_result(tmp_path, digits, monkeypa
     monkeypatch.setattr(du, "distill", lambda *_, **__: du.History(loss=[1.0]))
     surroundings = small("known-10-seed0", tmp_path, digits)
     with pytest.raises(SystemExit, match="interrupted"):
-        study.EXPERIMENTS["known-10-seed0"](surroundings)
+        experiments.EXPERIMENTS["known-10-seed0"](surroundings)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -153,17 +156,18 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     (tmp_path / "attack.json").write_text(json.dumps({"rows": {"0 as 1, known, taken": {"values": [50.0]}}}))
     ran = []
     experiments = {name: partial(lambda name, _: ran.append(name), name) for name in ("attack", "baselines")}
-    monkeypatch.setattr(study, "EXPERIMENTS", experiments)
+    monkeypatch.setattr(command, "EXPERIMENTS", experiments)
     options = ["--results", str(tmp_path), "--workers", "1", "--device", "cpu"]
-    monkeypatch.setattr("sys.argv", ["study.py", *options])
-    study.main()
-    assert ran == ["baselines"]
+    monkeypatch.setattr(command, "report", lambda results: ran.append("report"))
+    monkeypatch.setattr("sys.argv", ["study", *options])
+    command.main()
+    assert ran == ["baselines", "report"]
 
 
 def test_the_summary_is_computed_from_the_stored_accuracies(tmp_path):
     for seed, values in enumerate(([80.0, 82.0], [84.0, 86.0])):
         record = {"rows": {"unknown": {"values": values, "file": None}}}
         (tmp_path / f"unknown-noise-seed{seed}.json").write_text(json.dumps(record))
-    (line,) = [line for line in study.summary(tmp_path).splitlines() if "from noise" in line]
+    (line,) = [line for line in report.summary(tmp_path).splitlines() if "from noise" in line]
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[2:6] == ["79.5 ± 8.1", "83.0 ± 2.6%", "+3.5", "4 networks; seeds' means 81.0, 85.0"]

@@ -1,28 +1,17 @@
-"""The paper's whole MNIST study: every experiment that needs no GPU, and the table that puts it beside the paper.
+"""Each experiment of the study: what it distils or trains, and the accuracies it keeps.
 
-    make study                              all that results/ does not hold yet, two experiments at a time
-    python study.py --only attack           one experiment, or several
-    python study.py --fraction 0.01 --networks 2 --results /tmp/glance      a glance at all of it, in a few minutes
-
-Each experiment writes one JSON file, with the accuracy of every network it tested, and its distilled sets. What is
-there is not run again; an interrupted distillation goes on from its checkpoint. Settings were chosen on validation
-images; every accuracy here is of test images, taken once, when the experiment ends.
+Settings were chosen on validation images; every accuracy kept here is of test images, taken when an experiment ends.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
 import os
 import platform
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,7 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 import distill_utils as du
-from runs import atomic_write, require, require_positive, seeded
+from runs import atomic_write, seeded
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
 INITIALIZATIONS = {
@@ -92,9 +81,13 @@ class Study:
         )  # fmt: skip
         if len(history.loss) < iterations:
             sys.exit(f"{self.name}: interrupted; the same command goes on with it")
+        return distilled, self.save(name, distilled, dataset, seed)
+
+    def save(self, name: str, distilled: du.DistilledSet, dataset: du.Dataset, seed: int = 0) -> str:
+        """Writes a set, and returns its file's name."""
         file = f"{self.name}-{name}.safetensors"
         distilled.save(self.results / file, dataset=dataset, network="LeNet", seed=seed, command="make study")
-        return distilled, file
+        return file
 
     def write(self, seconds: float) -> None:
         """Writes the rows and how they came about."""
@@ -111,9 +104,6 @@ class Study:
             partial_file.write_text(json.dumps(record, indent=1))
 
 
-# --------------------------------------------------------------------------------------- experiments
-
-
 def known(study: Study, *, steps: int, iterations: int, step_size: float, std: float, seed: int) -> None:
     """Images for one network, whose initial weights are known: the paper's fixed initialization."""
     make_network = du.fixed_initialization(du.LeNet, seed=seed)
@@ -123,7 +113,7 @@ def known(study: Study, *, steps: int, iterations: int, step_size: float, std: f
         seed=seed,
     )  # fmt: skip
     study.add("known", du.evaluate(distilled, study.mnist.test, make_network, networks=1).values, file)
-    elsewhere = du.evaluate(distilled, study.mnist.test, du.LeNet, networks=study.networks)
+    elsewhere = du.evaluate(distilled, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
     study.add("on unknown initializations", elsewhere.values, file)
 
 
@@ -150,11 +140,14 @@ def baselines(study: Study) -> None:
     ]
     best = max(draws, key=lambda draw: du.evaluate(draw, mnist.validation, du.LeNet, networks=10).mean)
     some = [test(draw, networks=max(1, networks // 20)).values for draw in draws[:20]]
-    study.add(f"random real images, step size {step_size:g}", torch.cat(some))
-    study.add(f"best of {len(draws)} random draws", test(best, networks=networks).values)
-    for title, steps, epochs in (("k-means centers", 10, 3), ("class means", 1, 30)):
+    study.add(f"random real images, step size {step_size:g}", torch.cat(some), study.save("real", draws[0], mnist))
+    study.add(
+        f"best of {len(draws)} random draws", test(best, networks=networks).values, study.save("best", best, mnist)
+    )
+    for name, title, steps, epochs in (("k-means", "k-means centers", 10, 3), ("means", "class means", 1, 30)):
         centers = tuned(*du.cluster_centers(mnist, steps=steps), epochs=epochs)
-        study.add(f"{title}, step size {centers.step_sizes[0]:g}", test(centers, networks=networks).values)
+        values, file = test(centers, networks=networks).values, study.save(name, centers, mnist)
+        study.add(f"{title}, step size {centers.step_sizes[0]:g}", values, file)
 
 
 def nearest_neighbours(study: Study) -> None:
@@ -181,7 +174,7 @@ def sweep(study: Study, *, steps: int, per_class: int, epochs: int) -> None:
     """One point of the curves: other numbers of steps, images and epochs; else as `unknown`, with fewer iterations."""
     start = du.real_start(study.mnist, steps=steps, per_class=per_class)
     distilled, file = study.distil(
-        "images", study.mnist, du.LeNet, start, iterations=500, batch_size=128, epochs=epochs
+        "images", study.mnist, du.LeNet, start, iterations=400, batch_size=128, epochs=epochs
     )
     networks = max(1, study.networks // 2)
     study.add("unknown", du.evaluate(distilled, study.mnist.test, du.LeNet, networks=networks).values, file)
@@ -200,26 +193,27 @@ def initializations(study: Study) -> None:
             study.add(f"for {learned_on}, on {title}", result.values, file)
 
 
-def pretrained(study: Study, dataset: du.Dataset, *, epochs: int, batch_size: int) -> list[nn.Module]:
-    """LeNets trained on `dataset` in the ordinary way: the first third to distil for, the others held out for tests.
+def pretrained(study: Study, dataset: du.Dataset) -> tuple[list[nn.Module], list[nn.Module]]:
+    """LeNets trained on `dataset` in the ordinary way: some to distil for, others held out.
 
     They are kept in a file, which grows with each of them.
     """
-    count, path = max(9, round(150 * study.fraction)), study.results / "checkpoints" / f"{dataset.name}-networks.pt"
+    training, held_out = (max(len(SEEDS), round(count * study.fraction)) for count in (30, 100))
+    path = study.results / "checkpoints" / f"{dataset.name}-networks.pt"
     states = torch.load(path, map_location=study.device) if path.exists() else []
     networks = []
-    for number in range(count):
+    for number in range(training + held_out):
         with seeded(number):
             network = du.LeNet().to(study.device)
             if number < len(states):
                 network.load_state_dict(states[number])
             else:
-                du.train(network, dataset.train, epochs=epochs, batch_size=batch_size)
+                du.train(network, dataset.train, **PRETRAINING[dataset.name])
                 states.append(network.state_dict())
                 with atomic_write(path) as partial_file:
                     torch.save(states, partial_file)
         networks.append(network)
-    return networks
+    return networks[:training], networks[training:]
 
 
 PRETRAINING = {"MNIST": {"epochs": 1, "batch_size": 128}, "scikit-learn digits": {"epochs": 15, "batch_size": 32}}
@@ -230,15 +224,10 @@ def in_turn(networks: list[nn.Module]) -> du.NetworkFactory:
     return iter(networks).__next__
 
 
-def split_pool(networks: list[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Those to distil for and those held out."""
-    return networks[: len(networks) // 3], networks[len(networks) // 3 :]
-
-
 def adaptation(study: Study, *, source: str, target: str) -> None:
     """Networks trained on one kind of digits learn another from a hundred images, in thirty updates."""
     before, after = (getattr(study, name) for name in (source, target))
-    training, held_out = split_pool(pretrained(study, before, **PRETRAINING[before.name]))
+    training, held_out = pretrained(study, before)
     study.add("no adaptation", [du.accuracy(network, after.test) for network in held_out])
 
     start = du.real_start(after, steps=10)
@@ -267,7 +256,7 @@ def adaptation(study: Study, *, source: str, target: str) -> None:
 def attack(study: Study) -> None:
     """A hundred images after one step on which a well-trained network takes one class for another."""
     mnist = study.mnist
-    training, held_out = split_pool(pretrained(study, mnist, **PRETRAINING[mnist.name]))
+    training, held_out = pretrained(study, mnist)
     start = du.real_start(mnist, steps=1, per_class=10)
     for source, target in ATTACKS:
         poisoned = du.relabel(mnist, source, target)
@@ -290,8 +279,8 @@ def attack(study: Study) -> None:
 
 
 SWEEPS = {  # steps, images of each class in a step, epochs
-    "one or many": [(1, 10, 3), (2, 5, 3), (5, 2, 3), (10, 1, 3)],
-    "one or many, thirty updates": [(1, 10, 30), (2, 5, 15), (5, 2, 6), (10, 1, 3)],
+    "three epochs": [(1, 10, 3), (2, 5, 3), (5, 2, 3), (10, 1, 3)],
+    "thirty updates": [(1, 10, 30), (2, 5, 15), (5, 2, 6), (10, 1, 3)],
     "epochs": [(10, 1, epochs) for epochs in (1, 2, 3, 5, 10)],
     "images": [(1, 1, 30), (2, 1, 15), (5, 1, 6), (10, 1, 3), (30, 1, 1)],
 }
@@ -303,139 +292,21 @@ def sweep_name(steps: int, per_class: int, epochs: int) -> str:
 
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     "adapt-digits-to-mnist": partial(adaptation, source="digits", target="mnist"),
-    "attack": attack,
     "adapt-mnist-to-digits": partial(adaptation, source="mnist", target="digits"),
     **{
-        f"known-100-seed{seed}": partial(known, steps=10, iterations=2500, step_size=0.03, std=0.3, seed=seed)
+        f"known-100-seed{seed}": partial(known, steps=10, iterations=1500, step_size=0.03, std=0.3, seed=seed)
         for seed in SEEDS
     },
     **{
-        f"known-10-seed{seed}": partial(known, steps=1, iterations=12_000, step_size=0.15, std=0.3, seed=seed)
+        f"known-10-seed{seed}": partial(known, steps=1, iterations=8000, step_size=0.15, std=0.3, seed=seed)
         for seed in SEEDS
     },
     **{f"unknown-{start}-seed{seed}": partial(unknown, start=start, seed=seed)
        for start in ("real", "noise") for seed in SEEDS},
+    "attack": attack,
     "baselines": baselines,
     "nearest-neighbours": nearest_neighbours,
     "initializations": initializations,
     **{sweep_name(*point): partial(sweep, steps=point[0], per_class=point[1], epochs=point[2])
        for points in SWEEPS.values() for point in points},
 }  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------- report
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the summary: a row of one experiment, or of one for each seed, beside the paper's figure."""
-
-    title: str
-    experiment: str  # the name, up to "-seed" where there are several seeds
-    row: str  # how the row's name begins
-    reported: str = ""  # by Wang et al. 2018
-    why: str = ""  # what is different here
-
-    def values(self, results: Path) -> list[list[float]]:
-        """The accuracies, a list for each seed; empty where the experiment has not been run."""
-        found = []
-        for path in sorted([*results.glob(f"{self.experiment}.json"), *results.glob(f"{self.experiment}-seed?.json")]):
-            rows = json.loads(path.read_text())["rows"]
-            found += [row["values"] for name, row in rows.items() if name.startswith(self.row)]
-        return found
-
-
-LINES = (
-    Line("10 images, known initialization, 1 × 3", "known-10", "known", "93.8"),
-    Line("100 images, known initialization, 10 × 3", "known-100", "known", "96.6"),
-    Line("100 images, unknown, 10 × 3, from noise", "unknown-noise", "unknown", "79.5 ± 8.1"),
-    Line("100 images, unknown, 10 × 3, from real images", "unknown-real", "unknown", ""),
-    Line("random real images", "baselines", "random real images", "68.6 ± 9.8"),
-    Line("best of many random draws", "baselines", "best of", "73.0 ± 7.6"),
-    Line("k-means centers", "baselines", "k-means", "76.4 ± 9.5"),
-    Line("class means", "baselines", "class means", "77.1 ± 2.7"),
-    Line("nearest neighbours, random real images", "nearest-neighbours", "random", "71.5 ± 2.1"),
-    Line("nearest neighbours, k-means centers", "nearest-neighbours", "k-means", "92.2 ± 0.1"),
-    Line("10 images for a known initialization, on unknown ones", "known-10", "on unknown"),
-    Line("100 images for a known initialization, on unknown ones", "known-100", "on unknown"),
-)  # fmt: skip
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± std, or the mean alone."""
-    return str(du.Accuracies(torch.tensor(values)))
-
-
-def summary(results: Path) -> str:
-    """The table: as reported, here, the difference, and what is behind the figure."""
-    rows = []
-    for line in LINES:
-        found = line.values(results)
-        if not found:
-            continue
-        values = list(itertools.chain(*found))
-        difference = f"{statistics.mean(values) - float(line.reported.split()[0]):+.1f}" if line.reported else ""
-        seeds = "seeds' means " + ", ".join(f"{statistics.mean(each):.1f}" for each in found)
-        behind = f"{len(values)} networks" + (f"; {seeds}" if 1 < len(found) < len(values) else "")
-        rows.append([line.title, line.reported, spread(values), difference, behind, line.why])
-    head = ["experiment", "paper, as reported", "here", "difference", "behind it", "why"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
-
-
-# ----------------------------------------------------------------------------------------------- run
-
-
-def run(names: list[str], arguments: argparse.Namespace) -> None:
-    """Runs experiments one after the other, in this process."""
-    for name in names:
-        start = time.perf_counter()
-        study = Study(
-            name, arguments.results, arguments.device, arguments.data_root, arguments.fraction, arguments.networks
-        )
-        EXPERIMENTS[name](study)
-        study.write(time.perf_counter() - start)
-        for row, found in study.rows.items():
-            print(f"{name}: {row}: {spread(found['values'])}", flush=True)
-
-
-def run_side_by_side(names: list[str], arguments: argparse.Namespace) -> None:
-    """Runs each experiment in a process of its own, `workers` at a time; ends with the first error."""
-    options = [f"--{option}={getattr(arguments, option.replace('-', '_'))}"
-               for option in ("results", "device", "data-root", "fraction", "networks")]  # fmt: skip
-    threads = str(max(1, len(os.sched_getaffinity(0)) // arguments.workers))
-
-    def start(name: str) -> None:
-        command = [sys.executable, __file__, "--only", name, *options]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=True)
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        try:
-            list(pool.map(start, names))
-        except (KeyboardInterrupt, subprocess.CalledProcessError):
-            pool.shutdown(cancel_futures=True)  # waits for those at work, which end by themselves
-            sys.exit("the study is not whole; the same command goes on with it")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
-    parser.add_argument("--results", type=Path, default="results", help="the folder that the results go to")
-    parser.add_argument("--device", type=du.pick_device, default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"), help="where MNIST lies")
-    parser.add_argument("--workers", type=int, default=2, help="experiments at a time")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the iterations; 0.01 for a glance")
-    parser.add_argument("--networks", type=int, default=200, help="fresh networks behind an accuracy")
-    arguments = parser.parse_args()
-    require(0 < arguments.fraction <= 1, f"--fraction={arguments.fraction}: give more than 0 and at most 1")
-    require_positive(networks=arguments.networks, workers=arguments.workers)
-    names = [name for name in arguments.only or EXPERIMENTS if not (arguments.results / f"{name}.json").exists()]
-    if len(names) > 1 and arguments.workers > 1:
-        run_side_by_side(names, arguments)
-    else:
-        run(names, arguments)
-    with atomic_write(arguments.results / "summary.md") as partial_file:
-        partial_file.write_text(summary(arguments.results) + "\n")
-
-
-if __name__ == "__main__":
-    main()

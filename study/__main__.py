@@ -1,0 +1,90 @@
+"""The paper's whole MNIST study: every experiment that needs no GPU, and the table that puts it beside the paper.
+
+    make study                                     all that results/ does not hold yet, two experiments at a time
+    python -m study --only attack                  one experiment, or several
+    python -m study --fraction 0.01 --networks 2 --results glance         a glance at all of it, in some minutes
+
+Each experiment writes one JSON file, with the accuracy of every network it tested, and its distilled sets. What is
+there is not run again; an interrupted distillation goes on from its checkpoint.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import distill_utils as du
+from runs import require, require_positive
+from study.experiments import EXPERIMENTS, Study
+from study.report import report, spread
+
+
+def run(names: list[str], arguments: argparse.Namespace) -> None:
+    """Runs experiments one after the other, in this process."""
+    for name in names:
+        start = time.perf_counter()
+        experiment = Study(
+            name, arguments.results, du.pick_device(arguments.device), arguments.data_root, arguments.fraction,
+            arguments.networks,
+        )  # fmt: skip
+        EXPERIMENTS[name](experiment)
+        experiment.write(time.perf_counter() - start)
+        for row, found in experiment.rows.items():
+            print(f"{name}: {row}: {spread(found['values'])}", flush=True)
+
+
+def run_side_by_side(names: list[str], arguments: argparse.Namespace) -> None:
+    """Runs each experiment in a process of its own, `workers` at a time; ends with the first error."""
+    options = [f"--{option}={getattr(arguments, option.replace('-', '_'))}"
+               for option in ("results", "device", "data-root", "fraction", "networks")]  # fmt: skip
+    threads = str(max(1, len(os.sched_getaffinity(0)) // arguments.workers))
+
+    def start(name: str) -> None:
+        command = [sys.executable, "-m", "study", "--only", name, *options]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=True)
+
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        try:
+            list(pool.map(start, names))
+        except (KeyboardInterrupt, subprocess.CalledProcessError):
+            pool.shutdown(cancel_futures=True)  # waits for those at work, which end by themselves
+            sys.exit("the study is not whole; the same command goes on with it")
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Runs what is missing, and reports once nothing is."""
+    du.pick_device(arguments.device)
+    require(0 < arguments.fraction <= 1, f"--fraction={arguments.fraction}: give more than 0 and at most 1")
+    require_positive(networks=arguments.networks, workers=arguments.workers)
+    names = [name for name in arguments.only or EXPERIMENTS if not (arguments.results / f"{name}.json").exists()]
+    if len(names) > 1 and arguments.workers > 1:
+        run_side_by_side(names, arguments)
+    else:
+        run(names, arguments)
+    if all((arguments.results / f"{name}.json").exists() for name in EXPERIMENTS):
+        report(arguments.results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--results", type=Path, default="results", help="the folder that the results go to")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"), help="where MNIST lies")
+    parser.add_argument("--workers", type=int, default=2, help="experiments at a time")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the iterations; 0.01 for a glance")
+    parser.add_argument("--networks", type=int, default=200, help="fresh networks behind an accuracy")
+    arguments = parser.parse_args()
+    try:
+        study(arguments)
+    except (ValueError, FloatingPointError, du.DatasetUnavailable) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

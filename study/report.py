@@ -1,0 +1,160 @@
+"""What the stored results say: the table beside the paper's figures, and two figures of our own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+import distill_utils as du
+from runs import atomic_write
+from study.experiments import ATTACKS, INITIALIZATIONS, SWEEPS, sweep_name
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the summary: a row of one experiment, or of one for each seed, beside the paper's figure."""
+
+    title: str
+    experiment: str  # the name, up to "-seed" where there are several seeds
+    row: str  # how the row's name begins
+    reported: str = ""  # by Wang et al. 2018
+    why: str = ""  # what is different here
+
+    def values(self, results: Path) -> list[list[float]]:
+        """The accuracies, a list for each seed; empty where the experiment has not been run."""
+        found = []
+        for path in sorted([*results.glob(f"{self.experiment}.json"), *results.glob(f"{self.experiment}-seed?.json")]):
+            rows = json.loads(path.read_text())["rows"]
+            found += [row["values"] for name, row in rows.items() if name.startswith(self.row)]
+        return found
+
+
+LINES = (
+    Line("known initialization, 10 images, 1 step × 3 epochs", "known-10", "known", "93.8"),
+    Line("known initialization, 100 images, 10 × 3", "known-100", "known", "96.6"),
+    Line("unknown initializations, 100 images, 10 × 3, from noise", "unknown-noise", "unknown", "79.5 ± 8.1"),
+    Line("unknown initializations, 100 images, 10 × 3, from real images", "unknown-real", "unknown"),
+    Line("baseline: random real images", "baselines", "random", "68.6 ± 9.8"),
+    Line("baseline: best of many random draws", "baselines", "best of", "73.0 ± 7.6"),
+    Line("baseline: k-means centers", "baselines", "k-means", "76.4 ± 9.5"),
+    Line("baseline: class means", "baselines", "class means", "77.1 ± 2.7"),
+    Line("nearest neighbours, random real images", "nearest-neighbours", "random", "71.5 ± 2.1"),
+    Line("nearest neighbours, k-means centers", "nearest-neighbours", "k-means", "92.2 ± 0.1"),
+    Line("10 images for a known initialization, on unknown ones", "known-10", "on unknown"),
+    Line("100 images for a known initialization, on unknown ones", "known-100", "on unknown"),
+    Line("digits → MNIST: no adaptation", "adapt-digits-to-mnist", "no adaptation", "(USPS) 67.5 ± 3.9"),
+    Line("digits → MNIST: random real images", "adapt-digits-to-mnist", "random", "(USPS) 87.1 ± 2.9"),
+    Line("digits → MNIST: distilled, unknown networks", "adapt-digits-to-mnist", "distilled, u", "(USPS) 92.7 ± 1.4"),
+    Line("digits → MNIST: distilled, known network", "adapt-digits-to-mnist", "distilled, k", "(USPS) 93.2"),
+    Line("digits → MNIST: all real images", "adapt-digits-to-mnist", "all", "(USPS) 98.6 ± 0.5"),
+    Line("MNIST → digits: no adaptation", "adapt-mnist-to-digits", "no adaptation", "(USPS) 90.4 ± 3.0"),
+    Line("MNIST → digits: random real images", "adapt-mnist-to-digits", "random", "(USPS) 94.9 ± 0.8"),
+    Line("MNIST → digits: distilled, unknown networks", "adapt-mnist-to-digits", "distilled, u", "(USPS) 95.4 ± 1.8"),
+    Line("MNIST → digits: distilled, known network", "adapt-mnist-to-digits", "distilled, k", "(USPS) 97.9"),
+    Line("MNIST → digits: all real images", "adapt-mnist-to-digits", "all", "(USPS) 97.3 ± 0.3"),
+    *(
+        Line(f"attack, {source} as {target}: {title}", "attack", f"{source} as {target}, {row}")
+        for source, target in ATTACKS
+        for title, row in {
+            "other classes before": "before, others",
+            "taken, unknown networks": "unknown, taken",
+            "other classes, unknown networks": "unknown, others",
+            "taken, known network": "known, taken",
+            "other classes, known network": "known, others",
+        }.items()
+    ),
+)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± std, or the mean alone."""
+    return str(du.Accuracies(torch.tensor(values)))
+
+
+def summary(results: Path) -> str:
+    """The table: as reported, here, the difference, and what is behind the figure."""
+    rows = []
+    for line in LINES:
+        found = line.values(results)
+        if not found:
+            continue
+        values = list(itertools.chain(*found))
+        comparable = line.reported[:1].isdigit()  # the paper's other data stand in brackets
+        difference = f"{statistics.mean(values) - float(line.reported.split()[0]):+.1f}" if comparable else ""
+        seeds = "seeds' means " + ", ".join(f"{statistics.mean(each):.1f}" for each in found)
+        behind = f"{len(values)} networks" + (f"; {seeds}" if 1 < len(found) < len(values) else "")
+        rows.append([line.title, line.reported, spread(values), difference, behind, line.why])
+    head = ["experiment", "paper, as reported", "here", "difference", "behind it", "why"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+
+
+def draw_baselines(results: Path) -> Figure:
+    """Distilled images beside images nothing was learned for: mean and std, and the paper's figures."""
+    lines = [line for line in LINES if line.experiment.startswith(("unknown-", "baselines"))][::-1]
+    figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for place, line in enumerate(lines):
+        result = du.Accuracies(torch.tensor(list(itertools.chain(*line.values(results)))))
+        axis.barh(place, result.mean, xerr=result.std, color="C0" if "unknown" in line.experiment else "0.7", capsize=3)
+        if line.reported:
+            mean, std = map(float, line.reported.split(" ± "))
+            axis.errorbar(mean, place, xerr=std, fmt="D", color="C3", mfc="white", capsize=3)
+    axis.errorbar([], [], fmt="D", color="C3", mfc="white", label="paper, as reported")
+    axis.set_yticks(range(len(lines)), [line.title.removeprefix("unknown initializations, ") for line in lines])
+    axis.set(xlabel="test accuracy (%), mean ± std over networks", xlim=(0, 100))
+    axis.set_title("LeNet on MNIST, unknown initializations, thirty updates on 100 images")
+    axis.legend(loc="lower left")
+    return figure
+
+
+def draw_what_matters(results: Path) -> Figure:
+    """Test accuracy against the number of steps, epochs and images, and on other initializations."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+
+    def curve(axis, title: str, across: Callable[[tuple[int, int, int]], int]) -> None:
+        points = [(across(point), Line("", sweep_name(*point), "unknown").values(results)) for point in SWEEPS[title]]
+        tested = [(place, du.Accuracies(torch.tensor(found[0]))) for place, found in points if found]
+        places, means, stds = zip(*[(place, each.mean, each.std) for place, each in tested], strict=True)
+        axis.errorbar(places, means, yerr=stds, marker="o", capsize=3, label=title)
+        axis.set(xscale="log", ylabel="test accuracy (%)", ylim=(0, 100))
+        axis.set_xticks(places, places)
+        axis.minorticks_off()
+
+    curve(axes[0, 0], "three epochs", lambda point: point[0])
+    curve(axes[0, 0], "thirty updates", lambda point: point[0])
+    axes[0, 0].set(xlabel="steps that 100 images are shared among", title="one step with all, or many with few")
+    axes[0, 0].legend(loc="lower right")
+    curve(axes[0, 1], "epochs", lambda point: point[2])
+    axes[0, 1].set(xlabel="epochs of 10 steps", title="100 images: how long they are trained on")
+    curve(axes[1, 0], "images", lambda point: 10 * point[0] * point[1])
+    axes[1, 0].set(xlabel="images", title="thirty updates of ten images: how many images")
+    learned_on = ("Xavier normal", "LeCun uniform (PyTorch)")
+    for shift, each in zip((-0.2, 0.2), learned_on, strict=True):
+        found = [Line("", "initializations", f"for {each}, on {title}").values(results)[0] for title in INITIALIZATIONS]
+        tested = [du.Accuracies(torch.tensor(values)) for values in found]
+        axes[1, 1].bar(
+            [place + shift for place in range(len(tested))], [each.mean for each in tested], 0.4,
+            yerr=[each.std for each in tested], capsize=3, label=f"distilled for {each}",
+        )  # fmt: skip
+    axes[1, 1].set_xticks(range(len(INITIALIZATIONS)), [name.replace(" ", "\n", 1) for name in INITIALIZATIONS])
+    axes[1, 1].set(
+        xlabel="tested on", ylabel="test accuracy (%)", ylim=(0, 100), title="other distributions of weights"
+    )
+    axes[1, 1].legend(loc="lower right")
+    figure.suptitle("LeNet on MNIST, unknown initializations: mean ± std over networks, one distillation each")
+    return figure
+
+
+def report(results: Path) -> None:
+    """Writes the summary and the two figures of a whole study."""
+    with atomic_write(results / "summary.md") as partial_file:
+        partial_file.write_text(summary(results) + "\n")
+    for draw, name in ((draw_baselines, "baselines.png"), (draw_what_matters, "what_matters.png")):
+        draw(results).savefig(results / name, dpi=110)
