@@ -84,6 +84,8 @@ def main() -> None:
         study(arguments)
     except (ValueError, FloatingPointError, du.DatasetUnavailable) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on with it")
 
 
 if __name__ == "__main__":

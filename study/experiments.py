@@ -270,8 +270,9 @@ def attack(study: Study) -> None:
             study.add(f"{source} as {target}, before, {part}", values)
         for title, networks, tested in (("unknown", training, held_out), ("known", training[:1], training[:1])):
             distilled, file = study.distil(
-                f"{source}-as-{target}-{title}", poisoned, du.one_of(networks), start, iterations=500, epochs=1,
-                step_size=0.02,
+                f"{source}-as-{target}-{title}", poisoned, du.one_of(networks), start, iterations=1000, epochs=1,
+                networks=min(2, len(networks)), batch_size=128, step_size=0.1, learning_rate=0.1,
+                step_size_learning_rate=0.03,
             )  # fmt: skip
             for part, split in parts.items():
                 result = du.evaluate(distilled, split, in_turn(tested), networks=len(tested))
