@@ -40,7 +40,7 @@ def run_side_by_side(names: list[str], arguments: argparse.Namespace) -> None:
     """Runs each experiment in a process of its own, `workers` at a time; ends with the first error."""
     options = [f"--{option}={getattr(arguments, option.replace('-', '_'))}"
                for option in ("results", "device", "data-root", "fraction", "networks")]  # fmt: skip
-    threads = str(max(1, len(os.sched_getaffinity(0)) // arguments.workers))
+    threads = str(max(1, os.cpu_count() // arguments.workers))
 
     def start(name: str) -> None:
         command = [sys.executable, "-m", "study", "--only", name, *options]
@@ -64,7 +64,7 @@ def study(arguments: argparse.Namespace) -> None:
         run_side_by_side(names, arguments)
     else:
         run(names, arguments)
-    if all((arguments.results / f"{name}.json").exists() for name in EXPERIMENTS):
+    if names and all((arguments.results / f"{name}.json").exists() for name in EXPERIMENTS):
         report(arguments.results)
 
 
