@@ -1,6 +1,7 @@
 # make notebook   execute distill.ipynb in place, figures included
 # make lab        open it in JupyterLab
 # make test       lint, then every test
+# make study      every MNIST experiment of the paper that results/ does not hold yet, and their table
 # make benchmark  time it beside other ways to the same gradient, and write benchmarks/results.md
 #
 # Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in DATA_ROOT
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: notebook lab test benchmark clean
+.PHONY: notebook lab test study benchmark clean
 
 notebook: $(VENV)/installed
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False distill.ipynb
@@ -23,6 +24,9 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+study: $(VENV)/installed
+	$(BIN)/python -m study
 
 benchmark: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt

@@ -79,12 +79,12 @@ def spread(values: list[float]) -> str:
     return str(du.Accuracies(torch.tensor(values)))
 
 
-def summary(results: Path) -> str:
-    """The table: as reported, here, the difference, and what is behind the figure."""
+def summary(results: Path, *experiments: str) -> str:
+    """The table of all experiments, or of those whose names begin so: as reported, here, and what is behind it."""
     rows = []
     for line in LINES:
         found = line.values(results)
-        if not found:
+        if not found or not line.experiment.startswith(experiments or ""):
             continue
         values = list(itertools.chain(*found))
         comparable = line.reported[:1].isdigit()  # the paper's other data stand in brackets
