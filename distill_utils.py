@@ -189,10 +189,13 @@ def load_mnist(root: str | Path, *, device: torch.device | str) -> Dataset:
 
 
 def load_digits(*, device: torch.device | str) -> Dataset:
-    """scikit-learn's bundled handwritten digits, 8×8 scans resized to 28×28: 1,297 train, 200 validation, 300 test."""
+    """scikit-learn's bundled handwritten digits: 1,297 training, 200 validation and 300 test images.
+
+    The 8×8 scans are enlarged to 20×20 and set into the middle of 28×28, as MNIST's digits are.
+    """
     digits = sklearn.datasets.load_digits()
     pixels = torch.from_numpy(digits.images).float()[:, None] / 16  # [1797, 1, 8, 8]
-    pixels = F.interpolate(pixels, size=(28, 28), mode="bilinear")
+    pixels = F.pad(F.interpolate(pixels, size=(20, 20), mode="bilinear"), [4, 4, 4, 4])
     kept, held_out = sklearn.model_selection.train_test_split(
         range(len(pixels)), test_size=300, random_state=0, stratify=digits.target
     )
@@ -865,7 +868,7 @@ def train(
     *,
     epochs: int,
     batch_size: int = 64,
-    step_size: float = 0.05,
+    step_size: float = 0.02,
     momentum: float = 0.9,
 ) -> nn.Module:
     """Trains `network` in place by ordinary shuffled SGD, and returns it; the order is torch's random state's."""

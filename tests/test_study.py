@@ -128,7 +128,7 @@ def small(name: str, results, digits) -> experiments.Study:
 
 @pytest.mark.parametrize(
     "name",
-    ["known-10-seed1", "unknown-noise-seed0", "baselines", "nearest-neighbours", "sweep-2x50x3", "initializations",
+    ["known-10-seed1", "unknown-noise-seed0", "baselines", "nearest-neighbours", "sweep-5x20x3", "initializations",
      "adapt-digits-to-mnist", "attack"],
 )  # fmt: skip
 def test_each_kind_of_experiment_writes_its_rows_and_sets(name, tmp_path, digits, monkeypatch):
