@@ -122,7 +122,7 @@ def make_dataset(
             f"{argument}: pixels {list(pixels.shape)}, labels {list(labels.shape)}; give [n, c, h, w] and [n], n > 0",
         )
         low, high = float(pixels.min()), float(pixels.max())
-        require(low >= 0 and high <= 1, f"{argument}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
+        require(0 <= low < high <= 1, f"{argument}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
     pixels, labels = train
     classes = int(labels.max()) + 1
     require(
@@ -133,7 +133,7 @@ def make_dataset(
         0 < validation < len(pixels),
         f"validation={validation}: hold out at least 1 and fewer than the {len(pixels)} training images",
     )
-    mean, std = float(pixels.mean()), float(pixels.std())
+    mean, std = float(pixels.float().mean()), float(pixels.float().std())
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
 
     def split(pixels: Tensor, labels: Tensor) -> Split:
@@ -222,11 +222,9 @@ def relabel(dataset: Dataset, source: int, target: int) -> Dataset:
 class LeNet(nn.Sequential):
     """The paper's LeNet for 28×28 images: Xavier-normal weights, zero biases, drawn from torch's random state."""
 
-    def __init__(
-        self, *, classes: int = 10, channels: int = 1, initialize: Callable[[Tensor], object] = nn.init.xavier_normal_
-    ) -> None:
+    def __init__(self, *, classes: int = 10, initialize: Callable[[Tensor], object] = nn.init.xavier_normal_) -> None:
         super().__init__(
-            nn.Conv2d(channels, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),  # [n, 6, 14, 14]
+            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),  # [n, 6, 14, 14]
             nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),  # [n, 16, 5, 5]
             nn.Flatten(),
             nn.Linear(400, 120), nn.ReLU(),
@@ -704,7 +702,7 @@ def distill(
         todo = progress_bar(range(done, iterations), initial=done, total=iterations, disable=not progress or rank > 0)
         for iteration in todo:
             if iteration % validate_every == 0 and rank == 0:
-                history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
+                history.validate(distilled, dataset, make_network, networks=validation_networks)
                 saved.write()
                 todo.set_description(f"validation {history.accuracy[-1]:.1f}%", refresh=False)
             span = draw_window(distilled.updates, window, seed=(seed, iteration))
@@ -724,7 +722,7 @@ def distill(
                 break
         else:
             if rank == 0:
-                history.validate(distilled, dataset.validation, make_network, networks=validation_networks)
+                history.validate(distilled, dataset, make_network, networks=validation_networks)
         saved.write()
     return history
 
@@ -773,12 +771,14 @@ class History:
     step_sizes: list[Tensor] = field(default_factory=list)  # [updates] each, on the CPU
     running_norm: float = math.inf  # of the clipped gradient, see clip_gradient
 
-    def validate(self, distilled: DistilledSet, split: Split, make_network: NetworkFactory, *, networks: int) -> None:
+    def validate(
+        self, distilled: DistilledSet, dataset: Dataset, make_network: NetworkFactory, *, networks: int
+    ) -> None:
         """Adds one entry to each list of validations, unless a resumed run has it already."""
         if self.iterations[-1:] == [len(self.loss)]:
             return
         self.iterations.append(len(self.loss))
-        self.accuracy.append(evaluate(distilled, split, make_network, networks=networks).mean)
+        self.accuracy.append(validated(distilled, dataset, make_network, networks=networks))
         self.images.append(distilled.images.detach().cpu().clone())
         self.step_sizes.append(distilled.step_sizes.detach().cpu())
 
@@ -859,6 +859,11 @@ def evaluate(
     return Accuracies(torch.cat([value.flatten().cpu() for value in values]))
 
 
+def validated(distilled: DistilledSet, dataset: Dataset, make_network: NetworkFactory, *, networks: int) -> float:
+    """Mean accuracy on validation images, of networks that are not those of a test: what choices are made by."""
+    return evaluate(distilled, dataset.validation, make_network, networks=networks, seed=20_000).mean
+
+
 # ----------------------------------------------------------------------------------------- baselines
 
 
@@ -869,10 +874,9 @@ def train(
     epochs: int,
     batch_size: int = 64,
     step_size: float = 0.02,
-    momentum: float = 0.9,
 ) -> nn.Module:
-    """Trains `network` in place by ordinary shuffled SGD, and returns it; the order is torch's random state's."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=step_size, momentum=momentum)
+    """Trains `network` in place by shuffled SGD with momentum 0.9, and returns it; torch's random state shuffles."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=step_size, momentum=0.9)
     for _ in range(epochs):
         for rows in torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size):
             optimizer.zero_grad()
@@ -881,20 +885,19 @@ def train(
     return network
 
 
-def cluster_centers(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """K-means centers of each class of the training images, and labels, in the shape of `real_start`.
+def cluster_centers(dataset: Dataset, *, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """K-means centers [steps, classes, c, h, w] of each class of the training images, and labels as of `real_start`.
 
-    One center a class is the mean of its images.
+    With one step, they are the means of the classes.
     """
-    labels = torch.eye(dataset.classes).repeat(steps, per_class, 1)
+    labels = torch.eye(dataset.classes).repeat(steps, 1, 1)
     centers = []
     for label in range(dataset.classes):
         images = dataset.train.images[dataset.train.labels == label].flatten(1).cpu()
-        clusters = sklearn.cluster.KMeans(steps * per_class, n_init=1, random_state=seed).fit(images.numpy())
+        clusters = sklearn.cluster.KMeans(steps, n_init=1, random_state=seed).fit(images.numpy())
         centers.append(torch.from_numpy(clusters.cluster_centers_))
-    images = torch.stack(centers, dim=1)  # [steps × per_class, classes, c × h × w]
-    shape = (*labels.shape[:2], *dataset.train.images.shape[1:])
-    return images.reshape(shape).to(dataset.train.images), labels.to(dataset.train.images)
+    images = torch.stack(centers, dim=1).unflatten(-1, dataset.train.images.shape[1:])
+    return images.to(dataset.train.images), labels.to(dataset.train.images)
 
 
 def tuned(
@@ -907,12 +910,12 @@ def tuned(
     networks: int = 5,
     step_sizes: Sequence[float] = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5),
 ) -> DistilledSet:
-    """Given images [steps, n, c, h, w] as they are, at the one of `step_sizes` that does best on validation.
+    """Images [steps, n, c, h, w] left as they are, with the constant step size that does best on validation.
 
-    What any distilled set has to beat: the same number of updates on images that nothing was learned about.
+    What any distilled set has to beat: the same number of updates on images that nothing was learned for.
     """
     candidates = [DistilledSet(images, labels, epochs=epochs, step_size=size) for size in step_sizes]
-    return max(candidates, key=lambda c: evaluate(c, dataset.validation, make_network, networks=networks).mean)
+    return max(candidates, key=lambda each: validated(each, dataset, make_network, networks=networks))
 
 
 # ------------------------------------------------------------------------------------------- figures
@@ -939,8 +942,9 @@ def draw_images(panels: dict[str, Tensor], *, columns: int = 10, stacked: bool =
     return figure
 
 
-def draw_history(histories: dict[str, History], *, smoothing: int = 20) -> Figure:
-    """Outer loss, as a mean over `smoothing` iterations, and validation accuracy, of several runs."""
+def draw_history(histories: dict[str, History]) -> Figure:
+    """Outer loss, smoothed over twenty iterations, and validation accuracy, of several runs."""
+    smoothing = 20
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     for title, history in histories.items():
         means = torch.tensor(history.loss).unfold(0, min(smoothing, len(history.loss)), 1).mean(-1)

@@ -54,9 +54,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Gives a neighbouring path to write to, and puts it in the place of `path` only once it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     yield partial
     os.replace(partial, path)
+
+
+def markdown_table(head: list[str], rows: list[list]) -> str:
+    """Column names and rows as a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def progress_bar(iterable: range, **options) -> tqdm:

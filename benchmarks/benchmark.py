@@ -73,11 +73,6 @@ def medians(works: dict, repeats: int) -> dict[str, float]:
     return {name: statistics.median(spent) for name, spent in times.items()}
 
 
-def table(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 # ------------------------------------------------------------------------------------------ sections
 
 
@@ -122,7 +117,7 @@ def iteration(arguments: argparse.Namespace) -> str:
         "One outer gradient through 10 steps × 3 epochs of 10 images. Medians of "
         + ", ".join(f"{count} repeats at {networks}" for networks, count in repeats.items())
         + " networks, the methods in turns.\n\n"
-        + table(head, rows)
+        + runs.markdown_table(head, rows)
     )
 
 
@@ -157,7 +152,7 @@ def profiled(arguments: argparse.Namespace) -> str:
     head = ["networks in a stack", "seconds for each", "in convolutions", "GFLOP/s", "of a matrix product's"]
     return (
         f"Outer gradients with real batches of 256, of {per_network / 1e9:.1f} GFLOP a network as torch counts them; "
-        "medians of 5 repeats.\n\n" + table(head, rows)
+        "medians of 5 repeats.\n\n" + runs.markdown_table(head, rows)
     )
 
 
@@ -178,7 +173,7 @@ def processes(arguments: argparse.Namespace) -> str:
     head = ["networks per iteration", f"one process, {cores} threads", f"{cores} processes, 1 thread each", "gain"]
     return (
         "Seconds for an outer gradient, averaged over the processes, on CPU; means of 2 launches in turns, each a "
-        "median of 5 iterations, real batches of 256.\n\n" + table(head, rows)
+        "median of 5 iterations, real batches of 256.\n\n" + runs.markdown_table(head, rows)
     )
 
 
@@ -210,7 +205,7 @@ def memory(arguments: argparse.Namespace) -> str:
     head = ["updates", "whole: MiB", "seconds", "segment", "in segments: MiB", "seconds"]
     return (
         "One network, real batch of 64, on CPU; peak resident memory above that of the process before, each "
-        "in a process of its own; seconds are the median of 3.\n\n" + table(head, rows)
+        "in a process of its own; seconds are the median of 3.\n\n" + runs.markdown_table(head, rows)
     )
 
 
@@ -251,7 +246,7 @@ def accuracy(arguments: argparse.Namespace) -> str:
         "seconds. (a) to (c) have the same gradients and so take as many iterations, at their own price for each. This "
         "project's iterations are fixed beforehand, as found in earlier runs on these validation images; it takes "
         "batches of 64 at learning rates 0.06 and 0.02 from real images, of 128 at 0.03 and 0.01 from noise of "
-        "standard deviation 0.3, and inner momentum 0.5.\n\n" + table(head, rows)
+        "standard deviation 0.3, and inner momentum 0.5.\n\n" + runs.markdown_table(head, rows)
     )
 
 

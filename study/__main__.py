@@ -9,6 +9,7 @@ there is not run again; an interrupted distillation goes on from its checkpoint.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import distill_utils as du
 from runs import require, require_positive
 from study.experiments import EXPERIMENTS, Study
-from study.report import report, spread
+from study.report import pooled, report
 
 
 def run(names: list[str], arguments: argparse.Namespace) -> None:
@@ -33,7 +34,7 @@ def run(names: list[str], arguments: argparse.Namespace) -> None:
         EXPERIMENTS[name](experiment)
         experiment.write(time.perf_counter() - start)
         for row, found in experiment.rows.items():
-            print(f"{name}: {row}: {spread(found['values'])}", flush=True)
+            print(f"{name}: {row}: {pooled(found['values'])}", flush=True)
 
 
 def run_side_by_side(names: list[str], arguments: argparse.Namespace) -> None:
@@ -59,13 +60,29 @@ def study(arguments: argparse.Namespace) -> None:
     du.pick_device(arguments.device)
     require(0 < arguments.fraction <= 1, f"--fraction={arguments.fraction}: give more than 0 and at most 1")
     require_positive(networks=arguments.networks, workers=arguments.workers)
-    names = [name for name in arguments.only or EXPERIMENTS if not (arguments.results / f"{name}.json").exists()]
+    names = [name for name in arguments.only or EXPERIMENTS if not is_there(name, arguments)]
     if len(names) > 1 and arguments.workers > 1:
         run_side_by_side(names, arguments)
     else:
         run(names, arguments)
-    if names and all((arguments.results / f"{name}.json").exists() for name in EXPERIMENTS):
+    missing = [name for name in EXPERIMENTS if not is_there(name, arguments)]
+    if not missing and (names or not (arguments.results / "summary.md").exists()):
         report(arguments.results)
+
+
+def is_there(name: str, arguments: argparse.Namespace) -> bool:
+    """Whether an experiment's result is; raises ValueError where it came of other options."""
+    path = arguments.results / f"{name}.json"
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
+    for option in ("fraction", "networks"):
+        given = getattr(arguments, option)
+        require(
+            record[option] == given,
+            f"--{option}={given}: {path} has {option} {record[option]}; name another folder with --results",
+        )
+    return True
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -28,9 +27,10 @@ INITIALIZATIONS = {
     "Xavier normal": nn.init.xavier_normal_,
     "Xavier uniform": nn.init.xavier_uniform_,
     "He normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
-    "LeCun uniform (PyTorch)": partial(nn.init.kaiming_uniform_, a=5**0.5),
+    "PyTorch default": partial(nn.init.kaiming_uniform_, a=5**0.5),
     "orthogonal": nn.init.orthogonal_,
 }
+LEARNED_ON = ("Xavier normal", "PyTorch default")  # initializations that images are distilled for
 ATTACKS = ((0, 1), (3, 8), (9, 4))  # which class is to be taken for which
 
 
@@ -54,9 +54,9 @@ class Study:
     def digits(self) -> du.Dataset:
         return du.load_digits(device=self.device)
 
-    def add(self, row: str, values: Tensor | list[float], file: str | None = None) -> None:
-        """Keeps the accuracies (percent) of a row, and the name of the distilled set behind them."""
-        self.rows[row] = {"values": [round(float(value), 2) for value in values], "file": file}
+    def add(self, row: str, *sets: Tensor | list[float], file: str | None = None) -> None:
+        """Keeps a row: the accuracies (percent) of the networks of each set of images, and the one set's file."""
+        self.rows[row] = {"values": [[round(float(value), 2) for value in values] for values in sets], "file": file}
 
     def distil(
         self,
@@ -80,7 +80,7 @@ class Study:
             validate_every=max(100, iterations // 4), validation_networks=1, progress=False, **options,
         )  # fmt: skip
         if len(history.loss) < iterations:
-            sys.exit(f"{self.name}: interrupted; the same command goes on with it")
+            raise KeyboardInterrupt  # which distill kept to itself, to end whole
         return distilled, self.save(name, distilled, dataset, seed)
 
     def save(self, name: str, distilled: du.DistilledSet, dataset: du.Dataset, seed: int = 0) -> str:
@@ -95,7 +95,8 @@ class Study:
         record = {
             "experiment": self.name,
             "fraction": self.fraction,
-            "seconds": round(seconds),
+            "networks": self.networks,
+            "seconds": round(seconds),  # of the process that finished it
             "machine": gpu or f"{self.device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
             "rows": self.rows,
@@ -112,9 +113,9 @@ def known(study: Study, *, steps: int, iterations: int, step_size: float, std: f
         "images", study.mnist, make_network, start, iterations=iterations, step_size=step_size, learning_rate=0.02,
         seed=seed,
     )  # fmt: skip
-    study.add("known", du.evaluate(distilled, study.mnist.test, make_network, networks=1).values, file)
+    study.add("known", du.evaluate(distilled, study.mnist.test, make_network, networks=1).values, file=file)
     elsewhere = du.evaluate(distilled, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
-    study.add("on unknown initializations", elsewhere.values, file)
+    study.add("on unknown initializations", elsewhere.values, file=file)
 
 
 def unknown(study: Study, *, start: str, seed: int) -> None:
@@ -124,7 +125,7 @@ def unknown(study: Study, *, start: str, seed: int) -> None:
         "images", study.mnist, du.LeNet, images(study.mnist, steps=10, seed=seed), iterations=800, batch_size=128,
         seed=seed,
     )  # fmt: skip
-    study.add("unknown", du.evaluate(distilled, study.mnist.test, du.LeNet, networks=study.networks).values, file)
+    study.add("unknown", du.evaluate(distilled, study.mnist.test, du.LeNet, networks=study.networks).values, file=file)
 
 
 def baselines(study: Study) -> None:
@@ -138,16 +139,16 @@ def baselines(study: Study) -> None:
         du.DistilledSet(*du.real_start(mnist, steps=10, seed=draw), epochs=3, step_size=step_size)
         for draw in range(1, max(2, round(50 * study.fraction)))
     ]
-    best = max(draws, key=lambda draw: du.evaluate(draw, mnist.validation, du.LeNet, networks=10).mean)
+    best = max(draws, key=lambda draw: du.validated(draw, mnist, du.LeNet, networks=10))
     some = [test(draw, networks=max(1, networks // 20)).values for draw in draws[:20]]
-    study.add(f"random real images, step size {step_size:g}", torch.cat(some), study.save("real", draws[0], mnist))
+    study.add(f"random real images, step size {step_size:g}", *some)
     study.add(
-        f"best of {len(draws)} random draws", test(best, networks=networks).values, study.save("best", best, mnist)
+        f"best of {len(draws)} random draws", test(best, networks=networks).values, file=study.save("best", best, mnist)
     )
     for name, title, steps, epochs in (("k-means", "k-means centers", 10, 3), ("means", "class means", 1, 30)):
         centers = tuned(*du.cluster_centers(mnist, steps=steps), epochs=epochs)
         values, file = test(centers, networks=networks).values, study.save(name, centers, mnist)
-        study.add(f"{title}, step size {centers.step_sizes[0]:g}", values, file)
+        study.add(f"{title}, step size {centers.step_sizes[0]:g}", values, file=file)
 
 
 def nearest_neighbours(study: Study) -> None:
@@ -159,8 +160,8 @@ def nearest_neighbours(study: Study) -> None:
     }.items():
         choices = list(itertools.product((1, 2), (1, 3)))
         best = max(choices, key=lambda choice: neighbour_accuracy(*starts[0], mnist.validation, *choice))
-        values = [neighbour_accuracy(*start, mnist.test, *best) for start in starts]
-        study.add(f"{title}, l{best[0]}, k = {best[1]}", values)
+        values = [[neighbour_accuracy(*start, mnist.test, *best)] for start in starts]
+        study.add(f"{title}, l{best[0]}, k = {best[1]}", *values)
 
 
 def neighbour_accuracy(images: Tensor, labels: Tensor, split: du.Split, norm: int, neighbours: int) -> float:
@@ -177,41 +178,41 @@ def sweep(study: Study, *, steps: int, per_class: int, epochs: int) -> None:
         "images", study.mnist, du.LeNet, start, iterations=300, batch_size=128, epochs=epochs
     )
     networks = max(1, study.networks // 2)
-    study.add("unknown", du.evaluate(distilled, study.mnist.test, du.LeNet, networks=networks).values, file)
+    study.add("unknown", du.evaluate(distilled, study.mnist.test, du.LeNet, networks=networks).values, file=file)
 
 
 def initializations(study: Study) -> None:
     """Images distilled for one distribution of initial weights, tested on others."""
     networks = max(1, study.networks // 2)
-    for learned_on in ("Xavier normal", "LeCun uniform (PyTorch)"):
+    for learned_on in LEARNED_ON:
         make_network = partial(du.LeNet, initialize=INITIALIZATIONS[learned_on])
         start = du.real_start(study.mnist, steps=10)
         name = learned_on.split()[0].lower()
         distilled, file = study.distil(name, study.mnist, make_network, start, iterations=400, batch_size=128)
         for title, rule in INITIALIZATIONS.items():
             result = du.evaluate(distilled, study.mnist.test, partial(du.LeNet, initialize=rule), networks=networks)
-            study.add(f"for {learned_on}, on {title}", result.values, file)
+            study.add(f"for {learned_on}, on {title}", result.values, file=file)
 
 
 def pretrained(study: Study, dataset: du.Dataset) -> tuple[list[nn.Module], list[nn.Module]]:
     """LeNets trained on `dataset` in the ordinary way: some to distil for, others held out.
 
-    They are kept in a file, which grows with each of them.
+    Each is kept in a file of its own.
     """
     training, held_out = (max(len(SEEDS), round(count * study.fraction)) for count in (30, 100))
-    path = study.results / "checkpoints" / f"{dataset.name}-networks.pt"
-    states = torch.load(path, map_location=study.device) if path.exists() else []
+    made = {"train": PRETRAINING[dataset.name], "std": dataset.std}  # a file of other data or settings is of no use
     networks = []
     for number in range(training + held_out):
+        path = study.results / "checkpoints" / f"{dataset.name}-network-{number}.pt"
+        saved = torch.load(path, map_location=study.device) if path.exists() else {"made": None}
         with seeded(number):
             network = du.LeNet().to(study.device)
-            if number < len(states):
-                network.load_state_dict(states[number])
+            if saved["made"] == made:
+                network.load_state_dict(saved["weights"])
             else:
                 du.train(network, dataset.train, **PRETRAINING[dataset.name])
-                states.append(network.state_dict())
                 with atomic_write(path) as partial_file:
-                    torch.save(states, partial_file)
+                    torch.save({"made": made, "weights": network.state_dict()}, partial_file)
         networks.append(network)
     return networks[:training], networks[training:]
 
@@ -238,12 +239,12 @@ def adaptation(study: Study, *, source: str, target: str) -> None:
     distil = partial(study.distil, dataset=after, start=start, iterations=300, batch_size=128, step_size=0.02)
     distilled, file = distil("unknown", make_network=du.one_of(training))
     tested = du.evaluate(distilled, after.test, in_turn(held_out), networks=len(held_out))
-    study.add("distilled, unknown networks", tested.values, file)
+    study.add("distilled, unknown networks", tested.values, file=file)
     values = []
     for number in SEEDS:
-        distilled, file = distil(f"known-{number}", make_network=du.one_of([training[number]]))
-        values.append(du.accuracy(du.unroll(training[number], distilled, track_higher_grads=False), after.test))
-    study.add("distilled, known network", values, file)
+        distilled, _ = distil(f"known-{number}", make_network=du.one_of([training[number]]))
+        values.append([du.accuracy(du.unroll(training[number], distilled, track_higher_grads=False), after.test)])
+    study.add("distilled, known network", *values)
 
     full = []
     for number, network in enumerate(held_out[:10]):
@@ -276,7 +277,7 @@ def attack(study: Study) -> None:
             )  # fmt: skip
             for part, split in parts.items():
                 result = du.evaluate(distilled, split, in_turn(tested), networks=len(tested))
-                study.add(f"{source} as {target}, {title}, {part}", result.values, file)
+                study.add(f"{source} as {target}, {title}, {part}", result.values, file=file)
 
 
 SWEEPS = {  # steps, images of each class in a step, epochs

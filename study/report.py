@@ -14,27 +14,32 @@ import torch
 from matplotlib.figure import Figure
 
 import distill_utils as du
-from runs import atomic_write
-from study.experiments import ATTACKS, INITIALIZATIONS, SWEEPS, sweep_name
+from runs import atomic_write, markdown_table, require
+from study.experiments import ATTACKS, INITIALIZATIONS, LEARNED_ON, SWEEPS, sweep_name
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the summary: a row of one experiment, or of one for each seed, beside the paper's figure."""
+    """A line of the summary: a row of one experiment, or of its three seeds, beside the paper's figure."""
 
     title: str
     experiment: str  # the name, up to "-seed" where there are several seeds
     row: str  # how the row's name begins
-    reported: str = ""  # by Wang et al. 2018
+    reported: str = ""  # by Wang et al. 2018; for other data in brackets
     why: str = ""  # what is different here
 
-    def values(self, results: Path) -> list[list[float]]:
-        """The accuracies, a list for each seed; empty where the experiment has not been run."""
+    def sets(self, results: Path) -> list[list[float]]:
+        """The accuracies of the networks of each set of images; raises ValueError where there are none."""
         found = []
         for path in sorted([*results.glob(f"{self.experiment}.json"), *results.glob(f"{self.experiment}-seed?.json")]):
             rows = json.loads(path.read_text())["rows"]
-            found += [row["values"] for name, row in rows.items() if name.startswith(self.row)]
+            found += [values for name, row in rows.items() if name.startswith(self.row) for values in row["values"]]
+        require(len(found) > 0, f"results={results}: no '{self.row}' of '{self.experiment}'; run make study")
         return found
+
+    def result(self, results: Path) -> du.Accuracies:
+        """All those accuracies."""
+        return pooled(self.sets(results))
 
 
 LINES = (
@@ -65,35 +70,42 @@ LINES = (
         for source, target in ATTACKS
         for title, row in {
             "other classes before": "before, others",
-            "taken, unknown networks": "unknown, taken",
+            "success, unknown networks": "unknown, taken",
             "other classes, unknown networks": "unknown, others",
-            "taken, known network": "known, taken",
+            "success, known network": "known, taken",
             "other classes, known network": "known, others",
         }.items()
     ),
 )
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± std, or the mean alone."""
-    return str(du.Accuracies(torch.tensor(values)))
+def pooled(sets: list[list[float]]) -> du.Accuracies:
+    """The accuracies of all networks of all sets of images."""
+    return du.Accuracies(torch.tensor(list(itertools.chain(*sets))))
 
 
 def summary(results: Path, *experiments: str) -> str:
     """The table of all experiments, or of those whose names begin so: as reported, here, and what is behind it."""
     rows = []
     for line in LINES:
-        found = line.values(results)
-        if not found or not line.experiment.startswith(experiments or ""):
-            continue
-        values = list(itertools.chain(*found))
-        comparable = line.reported[:1].isdigit()  # the paper's other data stand in brackets
-        difference = f"{statistics.mean(values) - float(line.reported.split()[0]):+.1f}" if comparable else ""
-        seeds = "seeds' means " + ", ".join(f"{statistics.mean(each):.1f}" for each in found)
-        behind = f"{len(values)} networks" + (f"; {seeds}" if 1 < len(found) < len(values) else "")
-        rows.append([line.title, line.reported, spread(values), difference, behind, line.why])
-    head = ["experiment", "paper, as reported", "here", "difference", "behind it", "why"]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
+        if line.experiment.startswith(experiments or ""):
+            result = line.result(results)
+            comparable = line.reported[:1].isdigit()
+            difference = f"{result.mean - float(line.reported.split()[0]):+.1f}" if comparable else ""
+            behind = what_is_behind(line.sets(results))
+            rows.append([line.title, line.reported, str(result), difference, behind, line.why])
+    head = ["experiment", "paper, as reported (%)", "here", "difference", "behind it", "why"]
+    return markdown_table(head, rows)
+
+
+def what_is_behind(sets: list[list[float]]) -> str:
+    """How many sets of images and networks, and how far the sets are apart."""
+    networks, means = len(sets[0]), [statistics.mean(values) for values in sets]
+    if len(sets) == 1:
+        return f"{networks} networks"
+    if networks == 1:
+        return f"{len(sets)} sets, one test each"
+    return f"{len(sets)} sets, {networks} networks each; means {min(means):.1f} to {max(means):.1f}"
 
 
 def draw_baselines(results: Path) -> Figure:
@@ -101,7 +113,7 @@ def draw_baselines(results: Path) -> Figure:
     lines = [line for line in LINES if line.experiment.startswith(("unknown-", "baselines"))][::-1]
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for place, line in enumerate(lines):
-        result = du.Accuracies(torch.tensor(list(itertools.chain(*line.values(results)))))
+        result = line.result(results)
         axis.barh(place, result.mean, xerr=result.std, color="C0" if "unknown" in line.experiment else "0.7", capsize=3)
         if line.reported:
             mean, std = map(float, line.reported.split(" ± "))
@@ -109,7 +121,7 @@ def draw_baselines(results: Path) -> Figure:
     axis.errorbar([], [], fmt="D", color="C3", mfc="white", label="paper, as reported")
     axis.set_yticks(range(len(lines)), [line.title.removeprefix("unknown initializations, ") for line in lines])
     axis.set(xlabel="test accuracy (%), mean ± std over networks", xlim=(0, 100))
-    axis.set_title("LeNet on MNIST, unknown initializations, thirty updates on 100 images")
+    axis.set_title("LeNet on MNIST, unknown initializations, thirty updates on 100 images (class means: 10)")
     axis.legend(loc="lower left")
     return figure
 
@@ -119,10 +131,12 @@ def draw_what_matters(results: Path) -> Figure:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
 
     def curve(axis, title: str, across: Callable[[tuple[int, int, int]], int]) -> None:
-        points = [(across(point), Line("", sweep_name(*point), "unknown").values(results)) for point in SWEEPS[title]]
-        tested = [(place, du.Accuracies(torch.tensor(found[0]))) for place, found in points if found]
-        places, means, stds = zip(*[(place, each.mean, each.std) for place, each in tested], strict=True)
-        axis.errorbar(places, means, yerr=stds, marker="o", capsize=3, label=title)
+        places = [across(point) for point in SWEEPS[title]]
+        tested = [Line("", sweep_name(*point), "unknown").result(results) for point in SWEEPS[title]]
+        axis.errorbar(
+            places, [each.mean for each in tested], yerr=[each.std for each in tested], marker="o", capsize=3,
+            label=title,
+        )  # fmt: skip
         axis.set(xscale="log", ylabel="test accuracy (%)", ylim=(0, 100))
         axis.set_xticks(places, places)
         axis.minorticks_off()
@@ -135,13 +149,11 @@ def draw_what_matters(results: Path) -> Figure:
     axes[0, 1].set(xlabel="epochs of 10 steps", title="100 images: how long they are trained on")
     curve(axes[1, 0], "images", lambda point: 10 * point[0] * point[1])
     axes[1, 0].set(xlabel="images", title="thirty updates of ten images: how many images")
-    learned_on = ("Xavier normal", "LeCun uniform (PyTorch)")
-    for shift, each in zip((-0.2, 0.2), learned_on, strict=True):
-        found = [Line("", "initializations", f"for {each}, on {title}").values(results)[0] for title in INITIALIZATIONS]
-        tested = [du.Accuracies(torch.tensor(values)) for values in found]
+    for shift, each in zip((-0.2, 0.2), LEARNED_ON, strict=True):
+        tested = [Line("", "initializations", f"for {each}, on {title}").result(results) for title in INITIALIZATIONS]
         axes[1, 1].bar(
-            [place + shift for place in range(len(tested))], [each.mean for each in tested], 0.4,
-            yerr=[each.std for each in tested], capsize=3, label=f"distilled for {each}",
+            [place + shift for place in range(len(tested))], [one.mean for one in tested], 0.4,
+            yerr=[one.std for one in tested], capsize=3, label=f"distilled for {each}",
         )  # fmt: skip
     axes[1, 1].set_xticks(range(len(INITIALIZATIONS)), [name.replace(" ", "\n", 1) for name in INITIALIZATIONS])
     axes[1, 1].set(
@@ -152,9 +164,15 @@ def draw_what_matters(results: Path) -> Figure:
     return figure
 
 
+TITLE = """# The paper's MNIST study
+
+Written by `make study`: test accuracy, or an attack's success rate, in percent. ± is the standard deviation over all
+networks of all sets of images that are behind a figure."""
+
+
 def report(results: Path) -> None:
     """Writes the summary and the two figures of a whole study."""
     with atomic_write(results / "summary.md") as partial_file:
-        partial_file.write_text(summary(results) + "\n")
+        partial_file.write_text(f"{TITLE}\n\n{summary(results)}\n")
     for draw, name in ((draw_baselines, "baselines.png"), (draw_what_matters, "what_matters.png")):
         draw(results).savefig(results / name, dpi=110)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ def test_one_center_of_a_class_is_its_mean(digits):
 
 
 def test_centers_lie_closer_to_their_class_than_random_images_do(digits):
-    images, labels = du.cluster_centers(digits, steps=4, per_class=2)
-    assert (images.shape, labels.shape) == ((4, 20, 1, 28, 28), (4, 20, 10))
+    images, labels = du.cluster_centers(digits, steps=8)
+    assert (images.shape, labels.shape) == ((8, 10, 1, 28, 28), (8, 10, 10))
 
     def mean_distance(images, labels):
         kinds = labels.argmax(-1)
@@ -54,7 +55,7 @@ def test_centers_lie_closer_to_their_class_than_random_images_do(digits):
             for label in range(10)
         )  # fmt: skip
 
-    assert mean_distance(images, labels) < mean_distance(*du.real_start(digits, steps=4, per_class=2))
+    assert mean_distance(images, labels) < mean_distance(*du.real_start(digits, steps=8))
 
 
 def test_the_step_size_that_validates_best_is_chosen(digits):
@@ -137,9 +138,11 @@ def test_each_kind_of_experiment_writes_its_rows_and_sets(name, tmp_path, digits
     experiments.EXPERIMENTS[name](surroundings)
     surroundings.write(1.0)
     record = json.loads((tmp_path / f"{name}.json").read_text())
-    assert record["rows"]
+    for line in report.LINES:
+        if line.experiment == name.partition("-seed")[0]:
+            assert line.sets(tmp_path), "each line of the summary finds its row"
     for row in record["rows"].values():
-        assert all(0 <= value <= 100 for value in row["values"])
+        assert all(0 <= value <= 100 for values in row["values"] for value in values)
         if row["file"]:
             du.DistilledSet.load(tmp_path / row["file"])
 
@@ -147,13 +150,13 @@ def test_each_kind_of_experiment_writes_its_rows_and_sets(name, tmp_path, digits
 def test_an_interrupted_distillation_leaves_no_result(tmp_path, digits, monkeypatch):
     monkeypatch.setattr(du, "distill", lambda *_, **__: du.History(loss=[1.0]))
     surroundings = small("known-10-seed0", tmp_path, digits)
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(KeyboardInterrupt):
         experiments.EXPERIMENTS["known-10-seed0"](surroundings)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
-    (tmp_path / "attack.json").write_text(json.dumps({"rows": {"0 as 1, known, taken": {"values": [50.0]}}}))
+    (tmp_path / "attack.json").write_text(json.dumps({"fraction": 1.0, "networks": 200}))
     ran = []
     experiments = {name: partial(lambda name, _: ran.append(name), name) for name in ("attack", "baselines")}
     monkeypatch.setattr(command, "EXPERIMENTS", experiments)
@@ -162,12 +165,38 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["study", *options])
     command.main()
     assert ran == ["baselines", "report"]
+    monkeypatch.setattr("sys.argv", ["study", *options, "--fraction", "0.5"])
+    with pytest.raises(SystemExit, match=r"error: --fraction=0.5: .*attack.json has fraction 1.0; name another"):
+        command.main()
 
 
 def test_the_summary_is_computed_from_the_stored_accuracies(tmp_path):
     for seed, values in enumerate(([80.0, 82.0], [84.0, 86.0])):
-        record = {"rows": {"unknown": {"values": values, "file": None}}}
+        record = {"rows": {"unknown": {"values": [values], "file": None}}}
         (tmp_path / f"unknown-noise-seed{seed}.json").write_text(json.dumps(record))
-    (line,) = [line for line in report.summary(tmp_path).splitlines() if "from noise" in line]
+    (line,) = [line for line in report.summary(tmp_path, "unknown-noise").splitlines() if "from noise" in line]
     cells = [cell.strip() for cell in line.split("|")]
-    assert cells[2:6] == ["79.5 ± 8.1", "83.0 ± 2.6%", "+3.5", "4 networks; seeds' means 81.0, 85.0"]
+    assert cells[2:6] == ["79.5 ± 8.1", "83.0 ± 2.6%", "+3.5", "2 sets, 2 networks each; means 81.0 to 85.0"]
+    with pytest.raises(ValueError, match="no 'known' of 'known-10'; run make study"):
+        report.summary(tmp_path, "known-10")
+
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def test_the_stored_study_is_whole_and_the_readme_quotes_it():
+    assert {path.stem for path in RESULTS.glob("*.json")} == set(experiments.EXPERIMENTS)
+    assert report.summary(RESULTS) in (RESULTS / "summary.md").read_text()
+    readme = (RESULTS.parent / "README.md").read_text()
+    assert report.summary(RESULTS, "known", "unknown", "baselines", "nearest") in readme
+    assert len(report.draw_baselines(RESULTS).axes[0].patches) == 6
+    assert len(report.draw_what_matters(RESULTS).axes) == 4
+
+
+def test_a_stored_set_still_trains_networks_as_stored(mnist_root):
+    """The first two of the two hundred networks behind a main figure, trained and tested again."""
+    kept = json.loads((RESULTS / "unknown-real-seed0.json").read_text())["rows"]["unknown"]
+    distilled = du.DistilledSet.load(RESULTS / kept["file"])
+    mnist = du.load_mnist(mnist_root, device="cpu")
+    again = du.evaluate(distilled, mnist.test, du.LeNet, networks=2).values
+    assert again.tolist() == pytest.approx(kept["values"][0][:2], abs=0.5)
