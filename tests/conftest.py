@@ -1,6 +1,8 @@
 """Small data and smooth networks on which the tests run."""
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,10 @@ def mnist_root() -> str:
             pytest.fail(message)
         pytest.skip(message)
     return root
+
+
+def wait_for_progress(checkpoint: Path, process: subprocess.Popen, *, iterations: int = 5) -> None:
+    """Until `process` has written a checkpoint of so many iterations."""
+    while not (checkpoint.exists() and len(torch.load(checkpoint)["states"][3]["loss"]) >= iterations):
+        assert process.poll() is None, "it ended before its time"
+        time.sleep(0.01)

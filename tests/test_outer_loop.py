@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import wait_for_progress
 from torch import nn
 
 import distill_utils as du
@@ -95,7 +95,7 @@ def distill_digits(checkpoint: Path) -> du.DistilledSet:
     torch.set_num_threads(1)
     digits = du.load_digits(device="cpu")
     distilled = du.DistilledSet(*du.noise_start(digits, steps=1))
-    options = {"iterations": 20, "batch_size": 16, "validate_every": 5, "validation_networks": 1, "progress": False}
+    options = {"iterations": 40, "batch_size": 16, "validate_every": 5, "validation_networks": 1, "progress": False}
     du.distill(distilled, digits, du.LeNet, checkpoint=checkpoint, **options)
     return distilled
 
@@ -108,9 +108,7 @@ def test_a_process_killed_outright_resumes(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "run.pt")],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
     )
-    while not (tmp_path / "run.pt").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
+    wait_for_progress(tmp_path / "run.pt", process)
     process.send_signal(signal.SIGKILL)
     assert process.wait(120) == -signal.SIGKILL
 
