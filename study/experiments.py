@@ -175,7 +175,7 @@ def sweep(study: Study, *, steps: int, per_class: int, epochs: int) -> None:
     """One point of the curves: other numbers of steps, images and epochs; else as `unknown`, with fewer iterations."""
     start = du.real_start(study.mnist, steps=steps, per_class=per_class)
     distilled, file = study.distil(
-        "images", study.mnist, du.LeNet, start, iterations=300, batch_size=128, epochs=epochs
+        "images", study.mnist, du.LeNet, start, iterations=200, batch_size=128, epochs=epochs
     )
     networks = max(1, study.networks // 2)
     study.add("unknown", du.evaluate(distilled, study.mnist.test, du.LeNet, networks=networks).values, file=file)
