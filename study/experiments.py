@@ -151,6 +151,18 @@ def baselines(study: Study) -> None:
         study.add(f"{title}, step size {centers.step_sizes[0]:g}", values, file=file)
 
 
+def longer_baselines(study: Study) -> None:
+    """The same kinds of images under a hundred updates: how much of their shortfall is training time?"""
+    for title, start, epochs in (
+        ("random real images", du.real_start(study.mnist, steps=10), 10),
+        ("k-means centers", du.cluster_centers(study.mnist, steps=10), 10),
+        ("class means", du.cluster_centers(study.mnist, steps=1), 100),
+    ):
+        images = du.tuned(*start, study.mnist, du.LeNet, epochs=epochs, step_sizes=(0.01, 0.02, 0.05, 0.1, 0.2))
+        result = du.evaluate(images, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
+        study.add(f"{title}, step size {images.step_sizes[0]:g}", result.values)
+
+
 def nearest_neighbours(study: Study) -> None:
     """No network: the label of the nearest among a hundred images, by l1 or l2 and 1 or 3 neighbours."""
     mnist = study.mnist
@@ -307,6 +319,7 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     "adapt-digits-to-mnist": partial(adaptation, source="digits", target="mnist"),
     "adapt-mnist-to-digits": partial(adaptation, source="mnist", target="digits"),
     "baselines": baselines,
+    "longer-baselines": longer_baselines,
     "nearest-neighbours": nearest_neighbours,
     "initializations": initializations,
     **{sweep_name(*point): partial(sweep, steps=point[0], per_class=point[1], epochs=point[2])

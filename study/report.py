@@ -44,6 +44,7 @@ class Line:
 
 OUTER = "outer rate of 0.03 falling to 0, clipped gradients"
 CONSTANT = "one constant step size, thirty updates"
+LONGER = "as above, trained on for longer"
 LINES = (
     Line(
         "known initialization, 10 images, 1 step × 3 epochs",
@@ -71,6 +72,9 @@ LINES = (
     ),
     Line("baseline: k-means centers", "baselines", "k-means", "76.4 ± 9.5", CONSTANT),
     Line("baseline: class means", "baselines", "class means", "77.1 ± 2.7", "ten images; " + CONSTANT),
+    Line("random real images, 100 updates", "longer-baselines", "random", why=LONGER),
+    Line("k-means centers, 100 updates", "longer-baselines", "k-means", why=LONGER),
+    Line("class means, 100 updates", "longer-baselines", "class means", why=LONGER),
     Line("nearest neighbours, random real images", "nearest-neighbours", "random", "71.5 ± 2.1", "twenty draws"),
     Line("nearest neighbours, k-means centers", "nearest-neighbours", "k-means", "92.2 ± 0.1", "five clusterings"),
     Line("10 images for a known initialization, on unknown ones", "known-10", "on unknown"),

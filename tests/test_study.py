@@ -129,8 +129,8 @@ def small(name: str, results, digits) -> experiments.Study:
 
 @pytest.mark.parametrize(
     "name",
-    ["known-10-seed1", "unknown-noise-seed0", "baselines", "nearest-neighbours", "sweep-5x20x3", "initializations",
-     "adapt-digits-to-mnist", "attack"],
+    ["known-10-seed1", "unknown-noise-seed0", "baselines", "longer-baselines", "nearest-neighbours", "sweep-5x20x3",
+     "initializations", "adapt-digits-to-mnist", "attack"],
 )  # fmt: skip
 def test_each_kind_of_experiment_writes_its_rows_and_sets(name, tmp_path, digits, monkeypatch):
     monkeypatch.setattr(experiments, "PRETRAINING", {digits.name: {"epochs": 1, "batch_size": 400}})
@@ -188,7 +188,7 @@ def test_the_stored_study_is_whole_and_the_readme_quotes_it():
     assert {path.stem for path in RESULTS.glob("*.json")} == set(experiments.EXPERIMENTS)
     assert report.summary(RESULTS) in (RESULTS / "summary.md").read_text()
     readme = (RESULTS.parent / "README.md").read_text()
-    assert report.summary(RESULTS, "known", "unknown", "baselines", "nearest") in readme
+    assert report.summary(RESULTS, "known", "unknown", "baselines", "longer", "nearest") in readme
     assert len(report.draw_baselines(RESULTS).axes[0].patches) == 6
     assert len(report.draw_what_matters(RESULTS).axes) == 4
 
