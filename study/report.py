@@ -186,7 +186,7 @@ def what_is_behind(sets: list[list[float]]) -> str:
     """How many sets of images and networks, and how far the sets are apart."""
     networks, means = len(sets[0]), [statistics.mean(values) for values in sets]
     if len(sets) == 1:
-        return f"{networks} networks"
+        return f"{networks} network{'s' * (networks > 1)}"
     if networks == 1:
         return f"{len(sets)} sets, one test each"
     return f"{len(sets)} sets, {networks} networks each; means {min(means):.1f} to {max(means):.1f}"
@@ -198,14 +198,18 @@ def draw_baselines(results: Path) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for place, line in enumerate(lines):
         result = line.result(results)
-        axis.barh(place, result.mean, xerr=result.std, color="C0" if "unknown" in line.experiment else "0.7", capsize=3)
+        axis.barh(
+            place, result.mean, 0.8, xerr=result.std, color="C0" if "unknown" in line.experiment else "0.7", capsize=3
+        )
         if line.reported:
             mean, std = map(float, line.reported.split(" ± "))
-            axis.errorbar(mean, place, xerr=std, fmt="D", color="C3", mfc="white", capsize=3)
+            axis.errorbar(mean, place + 0.2, xerr=std, fmt="D", color="C3", mfc="white", capsize=3)
     axis.errorbar([], [], fmt="D", color="C3", mfc="white", label="paper, as reported")
-    axis.set_yticks(range(len(lines)), [line.title.removeprefix("unknown initializations, ") for line in lines])
+    axis.barh([0], [0], color="C0", label="distilled")
+    axis.barh([0], [0], color="0.7", label="not distilled")
+    axis.set_yticks(range(len(lines)), [line.title.split("10 × 3, ")[-1].removeprefix("baseline: ") for line in lines])
     axis.set(xlabel="test accuracy (%), mean ± std over networks", xlim=(0, 100))
-    axis.set_title("LeNet on MNIST, unknown initializations, thirty updates on 100 images (class means: 10)")
+    figure.suptitle("LeNet on MNIST, unknown initializations: thirty updates on 100 images")
     axis.legend(loc="lower left")
     return figure
 

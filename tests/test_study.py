@@ -189,7 +189,7 @@ def test_the_stored_study_is_whole_and_the_readme_quotes_it():
     assert report.summary(RESULTS) in (RESULTS / "summary.md").read_text()
     readme = (RESULTS.parent / "README.md").read_text()
     assert report.summary(RESULTS, "known", "unknown", "baselines", "longer", "nearest") in readme
-    assert len(report.draw_baselines(RESULTS).axes[0].patches) == 6
+    assert len(report.draw_baselines(RESULTS).axes[0].get_yticks()) == 6
     assert len(report.draw_what_matters(RESULTS).axes) == 4
 
 
