@@ -247,7 +247,7 @@ def draw_what_matters(results: Path) -> Figure:
     axes[1, 1].set(
         xlabel="tested on", ylabel="test accuracy (%)", ylim=(0, 100), title="other distributions of weights"
     )
-    axes[1, 1].legend(loc="lower right")
+    axes[1, 1].legend(loc="upper center", ncols=2, fontsize="small")
     figure.suptitle("LeNet on MNIST, unknown initializations: mean ± std over networks, one distillation each")
     return figure
 
