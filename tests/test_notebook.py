@@ -13,7 +13,10 @@ import pytest
 import distill_utils as du
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"KNOWN_ITERATIONS": 4, "UNKNOWN_ITERATIONS": 3, "OWN_ITERATIONS": 20, "TEST_NETWORKS": 2, "FULL_EPOCHS": 0}
+SMALL = {
+    "KNOWN_ITERATIONS": 4, "UNKNOWN_ITERATIONS": 3, "OWN_ITERATIONS": 20, "TEST_NETWORKS": 2, "LIVE_NETWORKS": 2,
+    "FULL_EPOCHS": 0,
+}  # fmt: skip
 
 
 def execute(tmp_path, cells=slice(None), extra="", **parameters) -> nbformat.NotebookNode:
@@ -71,7 +74,15 @@ def test_stored_outputs_come_from_one_run_top_to_bottom(stored):
 
 def test_the_sources_shown_are_the_modules(stored):
     text = output_of(stored)
-    for piece in (du.LeNet, du.unroll, du.DistilledSet.schedule, du.outer_loss, du.outer_gradient):
+    for piece in (
+        du.LeNet,
+        du.unroll,
+        du.DistilledSet.schedule,
+        du.outer_loss,
+        du.outer_gradient,
+        du.one_of,
+        du.relabel,
+    ):
         assert inspect.getsource(piece) in text, f"{piece.__name__} has changed since the notebook was run"
 
 
