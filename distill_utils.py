@@ -6,11 +6,11 @@ tells of the command line):
 
     data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits, relabel
     networks        LeNet, Stack, fixed_initialization, one_of
-    distilled set   noise_start, real_start, DistilledSet
+    distilled set   real_start, noise_start, k_means_start, DistilledSet
     inner loop      inner_loop, unroll
     outer loop      outer_loss, distill, History
     evaluation      accuracy, evaluate, Accuracies
-    baselines       train, cluster_centers, tuned
+    baselines       train, tuned
     figures         draw_images, draw_history
 
 A *network factory* is any callable that takes no arguments and returns a freshly initialized `nn.Module`, whose
@@ -27,7 +27,7 @@ import functools
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -355,6 +355,21 @@ def noise_start(
     return images.to(dataset.train.images), labels.to(dataset.train.images)
 
 
+def k_means_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """K-means centers of each class of the training images, and labels, as of `real_start`.
+
+    With one image of each class, they are the means of the classes.
+    """
+    centers = []
+    for label in range(dataset.classes):
+        images = dataset.train.images[dataset.train.labels == label].flatten(1).cpu()
+        clusters = sklearn.cluster.KMeans(steps * per_class, n_init=1, random_state=seed).fit(images.numpy())
+        centers.append(torch.from_numpy(clusters.cluster_centers_))  # [steps × per_class, c × h × w]
+    images = torch.stack(centers, dim=1).unflatten(-1, dataset.train.images.shape[1:])
+    labels = torch.eye(dataset.classes).repeat(steps, per_class, 1)
+    return images.reshape(*labels.shape[:2], *images.shape[2:]).to(dataset.train.images), labels.to(images)
+
+
 class DistilledSet(nn.Module):
     """What is learned: images, their labels where asked, and a positive step size for each update.
 
@@ -365,7 +380,8 @@ class DistilledSet(nn.Module):
     learn_labels:      learn the labels as class scores, started halfway to uniform: the score of a probability 0 would
                        be infinite, and near 0 and 1 scores hardly move
     share_step_sizes:  one step size per step, the same in every epoch, in place of one per update
-    momentum:          of the inner loop's SGD, 0 ≤ momentum < 1
+    optimizer:         of the inner loop, SGD or Adam
+    momentum:          of SGD, 0 ≤ momentum < 1
 
     Raises ValueError where shapes or ranges are off.
     """
@@ -381,6 +397,7 @@ class DistilledSet(nn.Module):
         step_size: float | Tensor = 0.02,
         learn_labels: bool = False,
         share_step_sizes: bool = False,
+        optimizer: str = "SGD",
         momentum: float = 0.0,
     ) -> None:
         super().__init__()
@@ -397,7 +414,9 @@ class DistilledSet(nn.Module):
         )
         require(epochs >= 1, f"epochs={epochs}: give at least 1")
         require(0 <= momentum < 1, f"momentum={momentum}: give at least 0 and less than 1")
-        self.steps, self.epochs, self.momentum = len(images), epochs, momentum
+        require(optimizer in ("SGD", "Adam"), f"optimizer='{optimizer}': give SGD or Adam")
+        require(optimizer == "SGD" or momentum == 0, f"momentum={momentum}: is SGD's; Adam has moments of its own")
+        self.steps, self.epochs, self.optimizer, self.momentum = len(images), epochs, optimizer, momentum
         learned = self.steps if share_step_sizes else self.updates
         step_sizes = torch.as_tensor(step_size, dtype=images.dtype, device=images.device)
         require(
@@ -421,7 +440,7 @@ class DistilledSet(nn.Module):
         labels = "learned" if hasattr(self, "label_scores") else "fixed"
         return (
             f"{steps} steps of {n} images {shape}, {labels} labels, {self.epochs} epochs, "
-            f"{len(self.raw_step_sizes)} step sizes, momentum {self.momentum}"
+            f"{len(self.raw_step_sizes)} step sizes, {self.optimizer}, momentum {self.momentum}"
         )
 
     @property
@@ -459,7 +478,7 @@ class DistilledSet(nn.Module):
             "std": repr(dataset.std),
             "epochs": str(self.epochs),
             "network": network,
-            "inner_optimizer": "SGD",
+            "inner_optimizer": self.optimizer,
             "momentum": repr(self.momentum),
             "seed": str(seed),
             "versions": " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher")),
@@ -480,7 +499,7 @@ class DistilledSet(nn.Module):
             raise ValueError(f"path='{path}': not a whole safetensors file ({error}); copy it again") from error
         for kind, wanted, found in (
             ("tensors", {"images", "labels", "step_sizes"}, tensors),
-            ("metadata", {"epochs", "momentum"}, metadata),
+            ("metadata", {"epochs", "inner_optimizer", "momentum"}, metadata),
         ):
             missing = sorted(wanted - set(found))
             require(
@@ -494,6 +513,7 @@ class DistilledSet(nn.Module):
                 tensors["labels"],
                 epochs=int(metadata["epochs"]),
                 step_size=tensors["step_sizes"],
+                optimizer=metadata["inner_optimizer"],
                 momentum=float(metadata["momentum"]),
             )
         except ValueError as error:
@@ -506,24 +526,47 @@ class DistilledSet(nn.Module):
 Update = tuple[Tensor, Tensor, Tensor]  # images [n, c, h, w], labels [n, classes], step size []
 
 
-def inner_loop(
-    network: nn.Module, start: list[Tensor], updates: Iterable[Update], *, momentum: float, track_higher_grads: bool
-) -> tuple[nn.Module, list[Tensor]]:
-    """The inner loop of Algorithm 1: θ_{i+1} = θ_i - η̃_i ∇ℓ(x̃_i, θ_i) for each of `updates`.
+def moment_names(optimizer: str, momentum: float) -> list[str]:
+    """What the inner optimizer keeps of earlier gradients, as torch.optim names it."""
+    return {"SGD": ["momentum_buffer"] if momentum else [], "Adam": ["exp_avg", "exp_avg_sq"]}[optimizer]
 
-    `start` holds the weights θ_0 and, with momentum, the velocity of each. Returns the trained network, a function of
-    `start` and `updates` where `track_higher_grads` keeps the graph, and weights and velocities at the end.
+
+def inner_loop(
+    network: nn.Module,
+    start: list[Tensor],
+    updates: Sequence[Update],
+    *,
+    done: int = 0,
+    optimizer: str,
+    momentum: float,
+    track_higher_grads: bool,
+) -> tuple[nn.Module, list[Tensor]]:
+    """The inner loop of Algorithm 1: θ_{i+1} = θ_i - η̃_i ∇ℓ(x̃_i, θ_i) for each of `updates`, or Adam's rule.
+
+    `start` holds the weights θ_0 and the optimizer's moments of each, from `done` updates before. Returns the trained
+    network, a function of `start` and `updates` where `track_higher_grads` keeps the graph, and what `start` would
+    hold at the end.
     """
-    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=momentum)  # lr: see override
-    with higher.innerloop_ctx(network, optimizer, track_higher_grads=track_higher_grads) as (trained, inner):
+    make = {"SGD": functools.partial(torch.optim.SGD, momentum=momentum), "Adam": ADAM}[optimizer]
+    moments = moment_names(optimizer, momentum)
+    with higher.innerloop_ctx(
+        network,
+        make(network.parameters(), lr=1.0),
+        track_higher_grads=track_higher_grads,  # lr: see override
+    ) as (trained, inner):
         weights = len(trained.fast_params)
         trained.update_params(start[:weights])
-        for index, velocity in enumerate(start[weights:]):
-            inner.state[0][index]["momentum_buffer"] = velocity
+        for name, values in zip(moments, chunks(start[weights:], weights), strict=True):
+            for index, value in enumerate(values):
+                inner.state[0][index].update({name: value, "step": done})
         for images, labels, step_size in updates:
             loss = training_loss(trained(images), labels)
             inner.step(loss, override={"lr": [step_size]})
-    return trained, [*trained.fast_params, *(state["momentum_buffer"] for state in inner.state[0].values())]
+    return trained, [*trained.fast_params, *(state[name] for name in moments for state in inner.state[0].values())]
+
+
+# Near a gradient of 0 Adam's step turns from full to none within eps; 1e-8 would leave no slope to differentiate.
+ADAM = functools.partial(torch.optim.Adam, eps=1e-4)
 
 
 def training_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -541,6 +584,7 @@ def unroll(
     *,
     window: tuple[int, int] | None = None,
     segment: int | None = None,
+    kept: list[Tensor] | None = None,
     track_higher_grads: bool = True,
 ) -> nn.Module:
     """Trains `network`, or a `Stack`, on the distilled set; returns it trained, `network` itself stays as it was.
@@ -551,20 +595,28 @@ def unroll(
     window:   (first, last): run `first` updates without gradient, then go on with it up to update `last`, and stop
     segment:  store only the weights that every `segment` updates start from; the backward pass runs the updates again.
               The gradient is the same; about the square root of the number of updates takes the least memory
+    kept:     weights and moments that an earlier call left here: the window starts from these, with nothing run
+              before it. From an empty list it starts as without; either way, those at its end are left here
     """
     updates = list(distilled.schedule())
     first, last = window or (0, len(updates))
-    state = [weight.detach().requires_grad_() for weight in network.parameters()]
-    if distilled.momentum:
-        state += [torch.zeros_like(weight) for weight in state]
-    train = functools.partial(inner_loop, network, momentum=distilled.momentum)
-    if first > 0:
+    train = functools.partial(inner_loop, network, optimizer=distilled.optimizer, momentum=distilled.momentum)
+    state = [each.detach().to(distilled.images.device).requires_grad_() for each in kept or network.parameters()]
+    if not kept:
+        moments = len(moment_names(distilled.optimizer, distilled.momentum))
+        state += [torch.zeros_like(weight) for _ in range(moments) for weight in state]
+    if first > 0 and not kept:
         _, state = train(state, updates[:first], track_higher_grads=False)
     if segment and track_higher_grads:
-        for part in chunks(updates[first:last], segment):
-            state = Segment.train(train, state, part)
+        for place in range(first, last, segment):
+            state = Segment.train(
+                functools.partial(train, done=place), state, updates[place : min(place + segment, last)]
+            )
         first = last
-    return train(state, updates[first:last], track_higher_grads=track_higher_grads)[0]
+    trained, end = train(state, updates[first:last], done=first, track_higher_grads=track_higher_grads)
+    if kept is not None:
+        kept[:] = [tensor.detach() for tensor in end]
+    return trained
 
 
 class Segment(torch.autograd.Function):
@@ -603,27 +655,38 @@ class Segment(torch.autograd.Function):
 def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split, **options) -> Tensor:
     """The loss [] on real images of `network` once trained on the distilled set: what Algorithm 1 lowers.
 
-    Of a `Stack`, with real images [networks, n, c, h, w] and labels [networks, n], the mean over its networks.
-    `options` go to `unroll`.
+    Of a `Stack`, the mean over its networks; real images [networks, n, c, h, w] and labels [networks, n] give each
+    network its own. `options` go to `unroll`.
     """
     trained = unroll(network, distilled, **options)
-    losses = [
-        F.cross_entropy(trained(images).flatten(0, -2), labels.flatten(), reduction="sum")
-        for images, labels in in_parts(trained, real)
-    ]
-    return sum(losses) / real.labels.numel()
+    loss = 0
+    for images, labels in in_parts(trained, real):
+        scores = trained(images)  # [n, classes], or [networks, n, classes]
+        part = F.cross_entropy(scores.flatten(0, -2), labels.expand(scores.shape[:-1]).flatten())
+        loss = loss + part * labels.shape[-1] / real.labels.shape[-1]
+    return loss
 
 
-def outer_gradient(distilled: DistilledSet, draws: list[Draw], *, stack: int | None = None, **options) -> float:
+def outer_gradient(
+    distilled: DistilledSet,
+    draws: list[Draw],
+    *,
+    stack: int | None = None,
+    kept: dict[int, list[Tensor]] | None = None,
+    **options,
+) -> float:
     """The mean outer loss over `draws`, a network and a real batch each; leaves its gradient in `distilled`.
 
-    Up to `stack` networks are trained at once, by default `stack_size`. `options` go to `unroll`.
+    Up to `stack` networks are trained at once, by default `stack_size`; `kept` holds what `unroll` keeps of each such
+    stack. `options` go to `unroll`.
     """
     distilled.zero_grad()
     mean_loss = 0.0
-    for part in chunks(draws, stack or stack_size(distilled.images.device)):
+    for number, part in enumerate(chunks(draws, stack or stack_size(distilled.images.device))):
         networks, batches = zip(*part, strict=True)
         real = Split(*map(torch.stack, zip(*batches, strict=True))) if len(part) > 1 else batches[0]
+        if kept is not None:
+            options["kept"] = kept.setdefault(number, [])
         loss = outer_loss(side_by_side(networks), distilled, real, **options) * len(part) / len(draws)
         loss.backward()  # here, not after the loop: one stack's graph in memory at a time
         mean_loss += loss.item()
@@ -643,6 +706,7 @@ def distill(
     validate_every: int = 100,
     validation_networks: int = 5,
     window: int | None = None,
+    pool: int | None = None,
     segment: int | None = None,
     stack: int | None = None,
     seed: int = 0,
@@ -658,12 +722,15 @@ def distill(
     networks:                initializations drawn per iteration by each process, their gradients averaged
     batch_size:              real images drawn for each of them
     learning_rate:           Adam's for images and learned labels, falling to 0 along a half cosine
-    step_size_learning_rate: the same for step sizes: roughly, their relative change in one iteration
+    step_size_learning_rate: the same for step sizes: roughly, their relative change in one iteration; 0 fixes them
     validate_every:          iterations between validations, each on the same `validation_networks` networks
     validation_networks:     initializations behind each validation accuracy
     window:                  differentiate through so many consecutive updates only, at a random place: those before
                              run without gradient, those after are left out (RaT-BPTT, Feng et al. 2024); validation
                              goes through all updates
+    pool:                    keep so many sets of `networks` between iterations, take one in turn, and go on with its
+                             training where its last window ended; after the last update it is drawn anew. So a window
+                             costs nothing but itself (compare FRePo, Zhou et al. 2022, and RCIG, Loo et al. 2023)
     segment:                 save memory: store only the weights that every so many updates start from; the backward
                              pass runs the updates again
     stack:                   networks trained at once; by default 8 on a CPU and 64 elsewhere
@@ -682,19 +749,27 @@ def distill(
     settings = {
         "dataset": dataset.name, "distilled": distilled.extra_repr(), "iterations": iterations, "networks": networks,
         "batch_size": batch_size, "learning_rate": learning_rate, "step_size_learning_rate": step_size_learning_rate,
-        "validate_every": validate_every, "validation_networks": validation_networks, "window": window, "seed": seed,
+        "validate_every": validate_every, "validation_networks": validation_networks, "window": window, "pool": pool,
+        "stack": stack if pool else None, "seed": seed,
     }  # fmt: skip
     require(seed >= 0, f"seed={seed}: give at least 0")
-    require_positive(**{**settings, "segment": segment, "stack": stack, "seed": None})
+    require(step_size_learning_rate >= 0, f"step_size_learning_rate={step_size_learning_rate}: give at least 0")
+    require_positive(**{**settings, "segment": segment, "stack": stack, "seed": None, "step_size_learning_rate": None})
     require(
         window is None or window <= distilled.updates,
         f"window={window}: give at most the {distilled.updates} updates of the distilled set",
+    )
+    require(
+        pool is None or (window is not None and distilled.updates % window == 0),
+        f"pool={pool} with window={window}: give a window that divides the {distilled.updates} updates",
     )
     optimizer = outer_optimizer(distilled, learning_rate, step_size_learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     history = History()
     rank, _ = process_rank()
-    saved = Checkpoint(checkpoint, settings, [distilled, optimizer, cosine, history])
+    networks_kept = Pool(pool, window, distilled.updates) if pool else None
+    parts = [distilled, optimizer, cosine, history, *([networks_kept] if pool else [])]
+    saved = Checkpoint(checkpoint, settings, parts)
 
     with stop_on_interrupt() as interrupted:
         saved.resume()
@@ -705,12 +780,15 @@ def distill(
                 history.validate(distilled, dataset, make_network, networks=validation_networks)
                 saved.write()
                 todo.set_description(f"validation {history.accuracy[-1]:.1f}%", refresh=False)
-            span = draw_window(distilled.updates, window, seed=(seed, iteration))
+            if pool:
+                span, kept = networks_kept.turn(iteration)
+            else:
+                span, kept = draw_window(distilled.updates, window, seed=(seed, iteration)), None
             numbers = range(rank * networks, (rank + 1) * networks)
             draws = [
                 draw(make_network, dataset.train, batch_size, seed=(seed, iteration, number)) for number in numbers
             ]
-            loss = outer_gradient(distilled, draws, stack=stack, segment=segment, window=span)
+            loss = outer_gradient(distilled, draws, stack=stack, segment=segment, window=span, kept=kept)
             gradients = [parameter.grad for parameter in distilled.parameters()]
             loss, stop = average_over_processes(gradients, loss, interrupted.is_set())
             history.clip_gradient(distilled)
@@ -758,6 +836,32 @@ def draw_window(updates: int, length: int | None, *, seed: tuple[int, ...]) -> t
     generator = torch.Generator().manual_seed(mixed((*seed, 0, 1)))  # which no network has
     first = int(torch.randint(updates - length + 1, (), generator=generator))
     return first, first + length
+
+
+class Pool:
+    """Networks kept between iterations: weights and moments of `size` sets of them, each somewhere in training."""
+
+    def __init__(self, size: int, window: int, updates: int) -> None:
+        self.window, self.windows = window, updates // window
+        self.sets: list[dict[int, list[Tensor]]] = [{} for _ in range(size)]  # the keys number stacks
+
+    def turn(self, iteration: int) -> tuple[tuple[int, int], dict[int, list[Tensor]]]:
+        """The window of the set whose turn it is, and what is kept of it: nothing where it starts anew.
+
+        The sets begin at different windows, so that at any time the pool holds networks of every age.
+        """
+        size = len(self.sets)
+        slot = iteration % size
+        number = (iteration // size + slot) % self.windows
+        if number == 0:
+            self.sets[slot].clear()
+        return (number * self.window, (number + 1) * self.window), self.sets[slot]
+
+    def state_dict(self) -> dict:
+        return {"sets": self.sets}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sets = state["sets"]
 
 
 @dataclass
@@ -883,21 +987,6 @@ def train(
             F.cross_entropy(network(split.images[rows]), split.labels[rows]).backward()
             optimizer.step()
     return network
-
-
-def cluster_centers(dataset: Dataset, *, steps: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """K-means centers [steps, classes, c, h, w] of each class of the training images, and labels as of `real_start`.
-
-    With one step, they are the means of the classes.
-    """
-    labels = torch.eye(dataset.classes).repeat(steps, 1, 1)
-    centers = []
-    for label in range(dataset.classes):
-        images = dataset.train.images[dataset.train.labels == label].flatten(1).cpu()
-        clusters = sklearn.cluster.KMeans(steps, n_init=1, random_state=seed).fit(images.numpy())
-        centers.append(torch.from_numpy(clusters.cluster_centers_))
-    images = torch.stack(centers, dim=1).unflatten(-1, dataset.train.images.shape[1:])
-    return images.to(dataset.train.images), labels.to(dataset.train.images)
 
 
 def tuned(

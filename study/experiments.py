@@ -146,7 +146,7 @@ def baselines(study: Study) -> None:
         f"best of {len(draws)} random draws", test(best, networks=networks).values, file=study.save("best", best, mnist)
     )
     for name, title, steps, epochs in (("k-means", "k-means centers", 10, 3), ("means", "class means", 1, 30)):
-        centers = tuned(*du.cluster_centers(mnist, steps=steps), epochs=epochs)
+        centers = tuned(*du.k_means_start(mnist, steps=steps), epochs=epochs)
         values, file = test(centers, networks=networks).values, study.save(name, centers, mnist)
         study.add(f"{title}, step size {centers.step_sizes[0]:g}", values, file=file)
 
@@ -155,8 +155,8 @@ def longer_baselines(study: Study) -> None:
     """The same kinds of images under a hundred updates: how much of their shortfall is training time?"""
     for title, start, epochs in (
         ("random real images", du.real_start(study.mnist, steps=10), 10),
-        ("k-means centers", du.cluster_centers(study.mnist, steps=10), 10),
-        ("class means", du.cluster_centers(study.mnist, steps=1), 100),
+        ("k-means centers", du.k_means_start(study.mnist, steps=10), 10),
+        ("class means", du.k_means_start(study.mnist, steps=1), 100),
     ):
         images = du.tuned(*start, study.mnist, du.LeNet, epochs=epochs, step_sizes=(0.01, 0.02, 0.05, 0.1, 0.2))
         result = du.evaluate(images, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
@@ -168,7 +168,7 @@ def nearest_neighbours(study: Study) -> None:
     mnist = study.mnist
     for title, starts in {
         "random real images": [du.real_start(mnist, steps=10, seed=draw) for draw in range(20)],
-        "k-means centers": [du.cluster_centers(mnist, steps=10, seed=draw) for draw in range(5)],
+        "k-means centers": [du.k_means_start(mnist, steps=10, seed=draw) for draw in range(5)],
     }.items():
         choices = list(itertools.product((1, 2), (1, 3)))
         best = max(choices, key=lambda choice: neighbour_accuracy(*starts[0], mnist.validation, *choice))

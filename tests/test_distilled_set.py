@@ -74,6 +74,8 @@ def test_labels_are_learned_only_where_asked(toy):
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs=0: give at least 1"),
+        ({"optimizer": "RMSprop"}, "optimizer='RMSprop': give SGD or Adam"),
+        ({"optimizer": "Adam", "momentum": 0.5}, r"momentum=0\.5: is SGD's"),
         ({"momentum": 1.0}, r"momentum=1\.0: give at least 0 and less than 1"),
         ({"step_size": -0.1}, r"step_size=-0\.1: give positive numbers"),
         ({"step_size": float("nan")}, "step_size=nan: give positive numbers"),
@@ -104,12 +106,13 @@ def save(distilled, toy, path):
     distilled.save(path, dataset=toy, network="Smooth", seed=7, command="pytest")
 
 
-def test_save_and_load_give_the_same_training(toy, smooth, tmp_path):
-    distilled = make_set(toy, learn_labels=True, share_step_sizes=True, step_size=0.5, momentum=0.5)
+@pytest.mark.parametrize("inner", [{"momentum": 0.5}, {"optimizer": "Adam"}])
+def test_save_and_load_give_the_same_training(toy, smooth, tmp_path, inner):
+    distilled = make_set(toy, learn_labels=True, share_step_sizes=True, step_size=0.5, **inner)
     save(distilled, toy, tmp_path / "new" / "toy.safetensors")
     loaded = du.DistilledSet.load(tmp_path / "new" / "toy.safetensors")
 
-    assert (loaded.epochs, loaded.momentum) == (2, 0.5)
+    assert (loaded.epochs, loaded.optimizer, loaded.momentum) == (2, distilled.optimizer, distilled.momentum)
     assert torch.equal(loaded.images, distilled.images)
     assert torch.equal(loaded.labels, distilled.labels)
     torch.testing.assert_close(loaded.step_sizes, distilled.step_sizes, rtol=1e-5, atol=0)

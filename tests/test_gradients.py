@@ -1,6 +1,7 @@
 """The unroll's gradients, against two computations that share no code with it."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -11,8 +12,10 @@ from torch.nn import functional as F
 
 import distill_utils as du
 
+SGD, MOMENTUM, ADAM = {"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "Adam"}  # inner loops
 
-def make_problem(toy, *, momentum, learn_labels=False, share_step_sizes=False, epochs=2):
+
+def make_problem(toy, *, learn_labels=False, share_step_sizes=False, epochs=2, optimizer="SGD", momentum=0.0):
     """A distilled set of 2 steps × 3 images and a real batch, in float64."""
     torch.set_default_dtype(torch.float64)
     images, labels = du.noise_start(toy, steps=2)
@@ -20,7 +23,8 @@ def make_problem(toy, *, momentum, learn_labels=False, share_step_sizes=False, e
         images.double(),
         labels.double(),
         epochs=epochs,
-        step_size=0.3,
+        step_size=0.3 if optimizer == "SGD" else 0.02,
+        optimizer=optimizer,
         momentum=momentum,
         learn_labels=learn_labels,
         share_step_sizes=share_step_sizes,
@@ -28,30 +32,41 @@ def make_problem(toy, *, momentum, learn_labels=False, share_step_sizes=False, e
     return distilled, du.Split(toy.train.images.double(), toy.train.labels)
 
 
-def functional_loss(network, real, images, labels, step_sizes, momentum):
-    """The outer loss by a hand-written loop over `torch.func.functional_call`; its own update order and SGD."""
+def functional_loss(network, real, images, labels, step_sizes, *, optimizer="SGD", momentum=0.0):
+    """The outer loss by a hand-written loop over `torch.func.functional_call`; its own update order, SGD and Adam."""
     weights = {name: value.detach().requires_grad_() for name, value in network.named_parameters()}
     velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    square = {name: torch.zeros_like(value) for name, value in weights.items()}
     for update in range(len(step_sizes)):
         x, y = images[update % len(images)], labels[update % len(images)]
         loss = -(y * functional_call(network, weights, x).log_softmax(-1)).sum(-1).mean()
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        velocity = {name: momentum * velocity[name] + g for name, g in zip(weights, gradients, strict=True)}
-        weights = {name: weights[name] - step_sizes[update] * velocity[name] for name in weights}
+        gradients = dict(
+            zip(weights, torch.autograd.grad(loss, list(weights.values()), create_graph=True), strict=True)
+        )
+        if optimizer == "SGD":
+            velocity = {name: momentum * velocity[name] + gradient for name, gradient in gradients.items()}
+            weights = {name: weights[name] - step_sizes[update] * velocity[name] for name in weights}
+        else:
+            velocity = {name: 0.9 * velocity[name] + 0.1 * gradient for name, gradient in gradients.items()}
+            square = {name: 0.999 * square[name] + 0.001 * gradient**2 for name, gradient in gradients.items()}
+            size = step_sizes[update] * (1 - 0.999 ** (update + 1)) ** 0.5 / (1 - 0.9 ** (update + 1))
+            weights = {
+                name: weights[name] - size * velocity[name] / ((square[name] + 1e-40).sqrt() + 1e-4) for name in weights
+            }
     return F.cross_entropy(functional_call(network, weights, real.images), real.labels)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("inner", [SGD, MOMENTUM, ADAM])
 @pytest.mark.parametrize("learn_labels", [False, True])
 @pytest.mark.parametrize("make_network", ["smooth", "lenet"])
-def test_gradients_equal_a_functional_loop(toy, smooth, momentum, learn_labels, make_network):
-    distilled, real = make_problem(toy, momentum=momentum, learn_labels=learn_labels)
+def test_gradients_equal_a_functional_loop(toy, smooth, inner, learn_labels, make_network):
+    distilled, real = make_problem(toy, learn_labels=learn_labels, **inner)
     if make_network == "lenet":
         distilled.images.data = torch.randn(2, 3, 1, 28, 28)
         real = du.Split(torch.randn(20, 1, 28, 28), torch.randint(0, 3, (20,)))
     network = smooth() if make_network == "smooth" else du.LeNet(classes=3)
     loss = du.outer_loss(network, distilled, real)
-    expected = functional_loss(network, real, distilled.images, distilled.labels, distilled.step_sizes, momentum)
+    expected = functional_loss(network, real, distilled.images, distilled.labels, distilled.step_sizes, **inner)
 
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     learned = list(distilled.parameters())
@@ -62,10 +77,10 @@ def test_gradients_equal_a_functional_loop(toy, smooth, momentum, learn_labels, 
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("inner", [SGD, MOMENTUM, ADAM])
 @pytest.mark.parametrize("share_step_sizes", [False, True])
-def test_gradients_equal_finite_differences(toy, smooth, momentum, share_step_sizes):
-    distilled, real = make_problem(toy, momentum=momentum, learn_labels=True, share_step_sizes=share_step_sizes)
+def test_gradients_equal_finite_differences(toy, smooth, inner, share_step_sizes):
+    distilled, real = make_problem(toy, learn_labels=True, share_step_sizes=share_step_sizes, **inner)
     network = smooth()
 
     def loss() -> float:
@@ -161,10 +176,10 @@ def test_a_stack_of_lenets_has_their_gradient(toy):
     torch.testing.assert_close(gradients[1], gradients[4], rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("inner", [SGD, MOMENTUM, ADAM])
 @pytest.mark.parametrize("segment", [1, 2, 4, 6, 100])
-def test_segments_give_the_same_gradient(toy, smooth, momentum, segment):
-    distilled, real = make_problem(toy, momentum=momentum, learn_labels=True, epochs=3)
+def test_segments_give_the_same_gradient(toy, smooth, inner, segment):
+    distilled, real = make_problem(toy, learn_labels=True, epochs=3, **inner)
     network, learned = smooth(), list(distilled.parameters())
     losses = [du.outer_loss(network, distilled, real, segment=length) for length in (None, segment)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-14, atol=0)
@@ -224,3 +239,31 @@ def test_a_window_differentiates_its_own_updates_alone(toy, smooth, momentum):
     loss = F.cross_entropy(functional_call(network, weights, real.images), real.labels)
     torch.testing.assert_close(distilled.images.grad, torch.autograd.grad(loss, images)[0], rtol=1e-9, atol=1e-12)
     assert distilled.raw_step_sizes.grad.nonzero().flatten().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("segment", [None, 2])
+@pytest.mark.parametrize(("inner", "moments"), [(SGD, 0), (MOMENTUM, 1), (ADAM, 2)])
+@pytest.mark.parametrize("networks", [1, 3])
+def test_what_is_kept_stands_for_the_updates_before(toy, smooth, inner, moments, networks, segment):
+    """The second window has the same gradient whether the first was just run, or long ago."""
+    distilled, real = make_problem(toy, epochs=3, **inner)
+    draws = [(smooth(), real) for _ in range(networks)]
+    kept = {}
+    gradients = []
+    for options in ({"window": (0, 3), "kept": kept}, {"window": (3, 6), "kept": kept}, {"window": (3, 6)}):
+        loss = du.outer_gradient(distilled, draws, stack=2, segment=segment, **options)
+        gradients.append((loss, distilled.images.grad))
+    assert gradients[1][0] == pytest.approx(gradients[2][0], rel=1e-12)
+    assert gradients[1][1].abs().max() > 0
+    torch.testing.assert_close(gradients[1][1], gradients[2][1], rtol=1e-9, atol=1e-13)
+    assert not torch.allclose(gradients[0][1], gradients[1][1])
+    assert [len(kept[stack]) for stack in kept] == [4 * (1 + moments)] * math.ceil(networks / 2)
+
+
+def test_a_stack_shares_real_images_or_has_its_own(toy, smooth):
+    distilled, real = make_problem(toy, momentum=0.0)
+    networks = [smooth() for _ in range(3)]
+    alone = sum(du.outer_loss(network, distilled, real) for network in networks) / 3
+    own = du.Split(*(torch.stack([part] * 3) for part in real))
+    for given in (real, own):
+        torch.testing.assert_close(du.outer_loss(du.Stack(networks), distilled, given), alone)

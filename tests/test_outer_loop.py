@@ -66,11 +66,19 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing in the module catches it."""
 
 
-@pytest.mark.parametrize("options", [{}, {"learn_labels": True, "share_step_sizes": True, "momentum": 0.5}])
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({}, {}),
+        ({"learn_labels": True, "share_step_sizes": True, "momentum": 0.5}, {}),
+        ({"momentum": 0.5}, {"pool": 3, "window": 2}),
+    ],
+)
 @pytest.mark.parametrize("killed_at", [8, 18, 40])  # networks drawn: in an iteration, a validation, near the end
-def test_a_killed_run_resumes_to_the_bit_identical_result(toy, smooth, tmp_path, killed_at, options):
+def test_a_killed_run_resumes_to_the_bit_identical_result(toy, smooth, tmp_path, killed_at, options, more):
+    settings = {**SETTINGS, **more}
     whole = start(toy, **options)
-    expected = du.distill(whole, toy, smooth, **SETTINGS)
+    expected = du.distill(whole, toy, smooth, **settings)
 
     drawn = []
 
@@ -81,9 +89,9 @@ def test_a_killed_run_resumes_to_the_bit_identical_result(toy, smooth, tmp_path,
         return smooth()
 
     with pytest.raises(Killed):
-        du.distill(start(toy, **options), toy, dying, checkpoint=tmp_path / "run.pt", **SETTINGS)
+        du.distill(start(toy, **options), toy, dying, checkpoint=tmp_path / "run.pt", **settings)
     resumed = start(toy, **options)
-    history = du.distill(resumed, toy, smooth, checkpoint=tmp_path / "run.pt", **SETTINGS)
+    history = du.distill(resumed, toy, smooth, checkpoint=tmp_path / "run.pt", **settings)
     assert_same(resumed, whole)
     assert history.loss == expected.loss
     assert history.iterations == expected.iterations
@@ -198,6 +206,32 @@ def test_a_window_moves_at_random_and_repeatably(toy, smooth):
     assert not torch.equal(runs[0].images, runs[2].images)
     with pytest.raises(ValueError, match="window=5: give at most the 4 updates"):
         du.distill(start(toy), toy, smooth, window=5, **SETTINGS)
+
+
+def test_a_pool_holds_networks_of_every_age_and_goes_through_all_updates():
+    pool = du.Pool(3, window=2, updates=8)
+    spans, ages = [], []
+    for iteration in range(24):
+        span, kept = pool.turn(iteration)
+        assert not kept if span[0] == 0 or iteration < 3 else kept == {0: [iteration - 3]}
+        kept[0] = [iteration]
+        spans.append(span)
+        ages.append(span[0])
+    assert spans[::3] == [(0, 2), (2, 4), (4, 6), (6, 8)] * 2
+    assert ages[:3] == [0, 2, 4]
+
+
+def test_a_pool_distils(toy, smooth):
+    settings = {**SETTINGS, "iterations": 60, "validate_every": 60}
+    options = {"epochs": 4, "step_size": 0.02, "momentum": 0.9, "share_step_sizes": True}
+    distilled = start(toy, **options)
+    history = du.distill(distilled, toy, smooth, pool=3, window=4, step_size_learning_rate=0, **settings)
+    assert history.accuracy[-1] > history.accuracy[0]
+    torch.testing.assert_close(distilled.step_sizes, torch.full((8,), 0.02))
+    with pytest.raises(ValueError, match="pool=3 with window=3: give a window that divides the 8 updates"):
+        du.distill(start(toy, **options), toy, smooth, pool=3, window=3, **settings)
+    with pytest.raises(ValueError, match="pool=3 with window=None"):
+        du.distill(start(toy, **options), toy, smooth, pool=3, **settings)
 
 
 def test_divergence_names_the_iteration_and_the_remedy(toy, smooth):

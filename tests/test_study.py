@@ -34,7 +34,7 @@ def trained(dataset: du.Dataset, count: int) -> list[nn.Module]:
 
 
 def test_one_center_of_a_class_is_its_mean(digits):
-    images, labels = du.cluster_centers(digits, steps=1)
+    images, labels = du.k_means_start(digits, steps=1)
     assert images.shape == (1, 10, 1, 28, 28)
     assert labels[0].argmax(-1).tolist() == list(range(10))
     for label in (0, 7):
@@ -43,7 +43,7 @@ def test_one_center_of_a_class_is_its_mean(digits):
 
 
 def test_centers_lie_closer_to_their_class_than_random_images_do(digits):
-    images, labels = du.cluster_centers(digits, steps=8)
+    images, labels = du.k_means_start(digits, steps=8)
     assert (images.shape, labels.shape) == ((8, 10, 1, 28, 28), (8, 10, 10))
 
     def mean_distance(images, labels):
