@@ -1,6 +1,7 @@
-"""The paper's whole MNIST study: every experiment that needs no GPU, and the table that puts it beside the paper.
+"""The paper's whole MNIST study, every experiment that needs no GPU, beside its figures; and what lies beyond it.
 
     make study                                     all that results/ does not hold yet, two experiments at a time
+    python -m study beyond                         the same for the experiments that go further than the paper
     python -m study --only attack                  one experiment, or several
     python -m study --fraction 0.01 --networks 2 --results glance         a glance at all of it, in some minutes
 
@@ -19,8 +20,12 @@ from pathlib import Path
 
 import distill_utils as du
 from runs import require, require_positive
+from study.beyond import BEYOND
+from study.beyond_report import report_beyond
 from study.experiments import EXPERIMENTS, Study
 from study.report import pooled, report
+
+PARTS = {"paper": (EXPERIMENTS, report, "summary.md"), "beyond": (BEYOND, report_beyond, "beyond.md")}
 
 
 def run(names: list[str], arguments: argparse.Namespace) -> None:
@@ -31,7 +36,7 @@ def run(names: list[str], arguments: argparse.Namespace) -> None:
             name, arguments.results, du.pick_device(arguments.device), arguments.data_root, arguments.fraction,
             arguments.networks,
         )  # fmt: skip
-        EXPERIMENTS[name](experiment)
+        {**EXPERIMENTS, **BEYOND}[name](experiment)
         experiment.write(time.perf_counter() - start)
         for row, found in experiment.rows.items():
             print(f"{name}: {row}: {pooled(found['values'])}", flush=True)
@@ -44,7 +49,7 @@ def run_side_by_side(names: list[str], arguments: argparse.Namespace) -> None:
     threads = str(max(1, os.cpu_count() // arguments.workers))
 
     def start(name: str) -> None:
-        command = [sys.executable, "-m", "study", "--only", name, *options]
+        command = [sys.executable, "-m", "study", arguments.part, "--only", name, *options]
         subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=True)
 
     with ThreadPoolExecutor(arguments.workers) as pool:
@@ -60,14 +65,15 @@ def study(arguments: argparse.Namespace) -> None:
     du.pick_device(arguments.device)
     require(0 < arguments.fraction <= 1, f"--fraction={arguments.fraction}: give more than 0 and at most 1")
     require_positive(networks=arguments.networks, workers=arguments.workers)
-    names = [name for name in arguments.only or EXPERIMENTS if not is_there(name, arguments)]
+    experiments, write_report, written = PARTS[arguments.part]
+    names = [name for name in arguments.only or experiments if not is_there(name, arguments)]
     if len(names) > 1 and arguments.workers > 1:
         run_side_by_side(names, arguments)
     else:
         run(names, arguments)
-    missing = [name for name in EXPERIMENTS if not is_there(name, arguments)]
-    if not missing and (names or not (arguments.results / "summary.md").exists()):
-        report(arguments.results)
+    missing = [name for name in experiments if not is_there(name, arguments)]
+    if not missing and (names or not (arguments.results / written).exists()):
+        write_report(arguments.results)
 
 
 def is_there(name: str, arguments: argparse.Namespace) -> bool:
@@ -89,7 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("part", nargs="?", choices=PARTS, default="paper", help="which experiments; the paper's")
+    names = [*EXPERIMENTS, *BEYOND]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--results", type=Path, default="results", help="the folder that the results go to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"), help="where MNIST lies")

@@ -68,13 +68,17 @@ class Study:
         iterations: int,
         epochs: int = 3,
         step_size: float = 0.03,
+        inner: dict | None = None,
         seed: int = 0,
         **options,
     ) -> tuple[du.DistilledSet, str]:
-        """Distils from `start`, going on where an interrupted run stopped; writes the set, returns it and its file."""
+        """Distils from `start`, going on where an interrupted run stopped; writes the set, returns it and its file.
+
+        `inner` holds further options of the distilled set, `options` are those of `distill`.
+        """
         iterations = max(1, round(self.fraction * iterations))
         checkpoint = self.results / "checkpoints" / f"{self.name}-{name}.pt"
-        distilled = du.DistilledSet(*start, epochs=epochs, step_size=step_size)
+        distilled = du.DistilledSet(*start, epochs=epochs, step_size=step_size, **(inner or {}))
         history = du.distill(
             distilled, dataset, make_network, iterations=iterations, seed=seed, checkpoint=checkpoint,
             validate_every=max(100, iterations // 4), validation_networks=1, progress=False, **options,

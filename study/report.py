@@ -169,7 +169,7 @@ def pooled(sets: list[list[float]]) -> du.Accuracies:
 
 
 def summary(results: Path, *experiments: str) -> str:
-    """The table of all experiments, or of those whose names begin so: as reported, here, and what is behind it."""
+    """The table of the paper's experiments, or of those whose names begin so: as reported, here, what is behind it."""
     rows = []
     for line in LINES:
         if line.experiment.startswith(experiments or ""):

@@ -160,8 +160,9 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     ran = []
     experiments = {name: partial(lambda name, _: ran.append(name), name) for name in ("attack", "baselines")}
     monkeypatch.setattr(command, "EXPERIMENTS", experiments)
+    parts = {"paper": (experiments, lambda results: ran.append("report"), "summary.md")}
+    monkeypatch.setattr(command, "PARTS", parts)
     options = ["--results", str(tmp_path), "--workers", "1", "--device", "cpu"]
-    monkeypatch.setattr(command, "report", lambda results: ran.append("report"))
     monkeypatch.setattr("sys.argv", ["study", *options])
     command.main()
     assert ran == ["baselines", "report"]
