@@ -1,18 +1,20 @@
 """The command line: `python -m distill_utils`, or `torchrun -m distill_utils` for several processes."""
 
 import argparse
+import contextlib
 import inspect
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import distill_utils as du
-from runs import process_rank
+from runs import process_rank, require_positive
 
 
 def options_of(function: Callable) -> list[inspect.Parameter]:
@@ -44,7 +46,7 @@ def command_line() -> dict:
     parser.add_argument("--dataset", default="MNIST", choices=[*du.TORCHVISION, "digits"], help="what to distil")
     parser.add_argument("--data-root", default="data", help="where the dataset lies, or is downloaded to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--start", default="real", choices=["real", "noise"], help="what the images are at first")
+    parser.add_argument("--start", default="real", choices=STARTS, help="what the images are at first")
     parser.add_argument("--known", type=int, metavar="seed", help="distil for the one initialization of this seed")
     parser.add_argument("--test-networks", type=int, default=100, help="networks behind the test accuracy")
     for function in (du.noise_start, du.DistilledSet, du.distill):
@@ -58,42 +60,74 @@ def run_command(given: dict) -> None:
     def chosen(function: Callable) -> dict:
         return {option.name: given[option.name] for option in options_of(function)}
 
-    device, local_rank = du.pick_device(given["device"]), int(os.environ.get("LOCAL_RANK", 0))
-    several = "LOCAL_RANK" in os.environ  # which torchrun sets
-    if several:
-        if device.type == "cuda":
-            torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank) if device.type == "cuda" else torch.device("cpu")
-        dist.init_process_group()
-        if local_rank > 0:  # one process of each machine downloads what is missing, the others wait
-            dist.barrier()
+    require_positive(test_networks=given["test_networks"])
+    output = Path(given["output"])
+    output.parent.mkdir(parents=True, exist_ok=True)  # where that fails, before any work
+    with several_processes(given["device"]) as device:
+        dataset = load_dataset(given, device)
+        start = STARTS[given["start"]]
+        distilled = du.DistilledSet(*start(dataset, **chosen(start)), **chosen(du.DistilledSet))
+        known = given["known"] is not None
+        make_network = du.fixed_initialization(du.LeNet, seed=given["known"]) if known else du.LeNet
+        rank, processes = process_rank()
+
+        def save() -> None:
+            if rank == 0:
+                runner = f"torchrun --nproc-per-node={processes}" if "LOCAL_RANK" in os.environ else "python"
+                command = shlex.join([*runner.split(), "-m", "distill_utils", *sys.argv[1:]])
+                distilled.save(output, dataset=dataset, network="LeNet", seed=given["seed"], command=command)
+
+        try:
+            done = len(du.distill(distilled, dataset, make_network, **chosen(du.distill)).loss)
+        except FloatingPointError:
+            save()  # as the last good iteration left it
+            raise
+        save()
+        if rank > 0:
+            return
+        if done < given["iterations"]:  # no time for a test: torchrun ends interrupted processes after 30 seconds
+            print(f"{output}: interrupted after {done} of {given['iterations']} iterations")
+        else:
+            result = du.evaluate(distilled, dataset.test, make_network, networks=1 if known else given["test_networks"])
+            print(f"{output}: {result} of the test set after {done} iterations")
+
+
+STARTS = {"real": du.real_start, "noise": du.noise_start, "k-means": du.k_means_start}
+
+
+@contextlib.contextmanager
+def several_processes(device: str) -> Iterator[torch.device]:
+    """This process's device; under torchrun, which sets LOCAL_RANK, within a job of all processes."""
+    device = du.pick_device(device)
+    if "LOCAL_RANK" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    dist.init_process_group()
+    yield device
+    dist.destroy_process_group()
+
+
+def load_dataset(given: dict, device: torch.device) -> du.Dataset:
+    """The dataset asked for; of several processes on a machine, one downloads what is missing, and the others wait."""
+    follows = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if follows:
+        dist.barrier()
     if given["dataset"] == "digits":
         dataset = du.load_digits(device=device)
     else:
         dataset = du.load_torchvision(given["dataset"], given["data_root"], device=device)
-    if several and local_rank == 0:
+    if dist.is_initialized() and not follows:
         dist.barrier()
-    start = {"real": du.real_start, "noise": du.noise_start}[given["start"]]
-    distilled = du.DistilledSet(*start(dataset, **chosen(start)), **chosen(du.DistilledSet))
-    known = given["known"] is not None
-    make_network = du.fixed_initialization(du.LeNet, seed=given["known"]) if known else du.LeNet
-    done = len(du.distill(distilled, dataset, make_network, **chosen(du.distill)).loss)
-    rank, processes = process_rank()
-    if rank == 0:
-        runner = f"torchrun --nproc-per-node={processes}" if several else "python"
-        command = shlex.join([*runner.split(), "-m", "distill_utils", *sys.argv[1:]])
-        distilled.save(given["output"], dataset=dataset, network="LeNet", seed=given["seed"], command=command)
-        if done < given["iterations"]:  # no time for a test: torchrun ends interrupted processes after 30 seconds
-            print(f"{given['output']}: interrupted after {done} of {given['iterations']} iterations")
-        else:
-            result = du.evaluate(distilled, dataset.test, make_network, networks=1 if known else given["test_networks"])
-            print(f"{given['output']}: {result} of the test set after {done} iterations")
-    if several:
-        dist.destroy_process_group()
+    return dataset
 
 
 def main() -> None:
     try:
         run_command(command_line())
-    except (ValueError, FloatingPointError, du.DatasetUnavailable) as error:
+    except (ValueError, FloatingPointError, OSError, du.DatasetUnavailable) as error:
         sys.exit(f"error: {error}")

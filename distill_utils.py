@@ -126,8 +126,12 @@ def make_dataset(
     pixels, labels = train
     classes = int(labels.max()) + 1
     require(
-        labels.unique().tolist() == list(range(classes)) and test[1].min() >= 0 and test[1].max() < classes,
+        labels.unique().tolist() == list(range(classes)),
         f"train: labels {labels.unique().tolist()[:12]}; number the classes 0, 1, 2, ..., and have each in train",
+    )
+    require(
+        test[1].min() >= 0 and test[1].max() < classes,
+        f"test: labels {int(test[1].min())} to {int(test[1].max())}; give those of train, 0 to {classes - 1}",
     )
     require(
         0 < validation < len(pixels),

@@ -112,3 +112,9 @@ def test_an_unknown_dataset_is_named():
 def test_bad_data_is_named(pixels, labels, validation, message):
     with pytest.raises(ValueError, match=message):
         du.make_dataset("bad", (pixels, labels), (pixels, labels), validation=validation, device="cpu")
+
+
+def test_bad_test_labels_are_named_as_such():
+    pixels, labels = torch.rand(9, 1, 4, 4), torch.arange(9) % 3
+    with pytest.raises(ValueError, match="test: labels 1 to 3; give those of train, 0 to 2"):
+        du.make_dataset("bad", (pixels, labels), (pixels, labels + 1), validation=3, device="cpu")

@@ -141,7 +141,7 @@ def test_the_command_line_has_every_option_of_distill(monkeypatch, capsys):
     for function in (du.distill, du.DistilledSet, du.noise_start):
         for option in command_line.options_of(function):
             assert f"--{option.name.replace('_', '-')}" in text
-    assert "step sizes: roughly, their relative change in one iteration (default: 0.01)" in text
+    assert "step sizes: roughly, their relative change in one iteration; 0 fixes them (default: 0.01)" in text
 
 
 def test_the_command_line_passes_its_options_on(monkeypatch):
@@ -157,3 +157,35 @@ def test_a_bad_option_ends_the_command_with_its_remedy(tmp_path):
     result = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.strip() == "error: iterations=0: give more than 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--test-networks", "0"], "error: test_networks=0: give more than 0"),
+        (["--optimizer", "Adam", "--momentum", "0.5"], "error: momentum=0.5: is SGD's; Adam has moments of its own"),
+    ],
+)
+def test_what_would_fail_late_fails_at_once(tmp_path, options, message):
+    bad = command(tmp_path / "set.safetensors", "--iterations", "3", *options)
+    result = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == message
+    assert not (tmp_path / "set.safetensors").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    bad = command(tmp_path / "file" / "set.safetensors", "--iterations", "3")
+    result = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert str(tmp_path / "file") in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_training_that_diverges_leaves_what_it_had(tmp_path):
+    bad = command(tmp_path / "set.safetensors", "--iterations", "3", "--step-size", "1e30")
+    result = subprocess.run(bad, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "error: the outer gradient is not finite at iteration 0" in result.stderr
+    du.DistilledSet.load(tmp_path / "set.safetensors")
