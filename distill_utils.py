@@ -538,9 +538,15 @@ def load(name: str, *, device: torch.device | str = "cpu") -> DistilledSet:
 Update = tuple[Tensor, Tensor, Tensor]  # images [n, c, h, w], labels [n, classes], step size []
 
 
-def moment_names(optimizer: str, momentum: float) -> list[str]:
-    """What the inner optimizer keeps of earlier gradients, as torch.optim names it."""
-    return {"SGD": ["momentum_buffer"] if momentum else [], "Adam": ["exp_avg", "exp_avg_sq"]}[optimizer]
+def inner_optimizer(name: str, momentum: float) -> tuple[Callable, list[str]]:
+    """What makes an optimizer for given weights, and the moments that it keeps of each, as torch names them.
+
+    The learning rate of 1 is a placeholder: each update brings its own.
+    """
+    if name == "Adam":
+        # Near a gradient of 0 a step goes from full to none within eps; with 1e-8 there would be no slope to follow.
+        return functools.partial(torch.optim.Adam, lr=1.0, eps=1e-4), ["exp_avg", "exp_avg_sq"]
+    return functools.partial(torch.optim.SGD, lr=1.0, momentum=momentum), ["momentum_buffer"] if momentum else []
 
 
 def inner_loop(
@@ -548,24 +554,19 @@ def inner_loop(
     start: list[Tensor],
     updates: Sequence[Update],
     *,
-    done: int = 0,
-    optimizer: str,
-    momentum: float,
+    make_optimizer: Callable,
+    moments: list[str],
     track_higher_grads: bool,
+    done: int = 0,
 ) -> tuple[nn.Module, list[Tensor]]:
     """The inner loop of Algorithm 1: θ_{i+1} = θ_i - η̃_i ∇ℓ(x̃_i, θ_i) for each of `updates`, or Adam's rule.
 
-    `start` holds the weights θ_0 and the optimizer's moments of each, from `done` updates before. Returns the trained
-    network, a function of `start` and `updates` where `track_higher_grads` keeps the graph, and what `start` would
-    hold at the end.
+    `start` holds the weights θ_0 and the moments of each, as left by `done` updates before. Returns the trained
+    network, a function of `start` and `updates` where `track_higher_grads` keeps the graph, and the weights and
+    moments at the end.
     """
-    make = {"SGD": functools.partial(torch.optim.SGD, momentum=momentum), "Adam": ADAM}[optimizer]
-    moments = moment_names(optimizer, momentum)
-    with higher.innerloop_ctx(
-        network,
-        make(network.parameters(), lr=1.0),
-        track_higher_grads=track_higher_grads,  # lr: see override
-    ) as (trained, inner):
+    optimizer = make_optimizer(network.parameters())
+    with higher.innerloop_ctx(network, optimizer, track_higher_grads=track_higher_grads) as (trained, inner):
         weights = len(trained.fast_params)
         trained.update_params(start[:weights])
         for name, values in zip(moments, chunks(start[weights:], weights), strict=True):
@@ -575,10 +576,6 @@ def inner_loop(
             loss = training_loss(trained(images), labels)
             inner.step(loss, override={"lr": [step_size]})
     return trained, [*trained.fast_params, *(state[name] for name in moments for state in inner.state[0].values())]
-
-
-# Near a gradient of 0 Adam's step turns from full to none within eps; 1e-8 would leave no slope to differentiate.
-ADAM = functools.partial(torch.optim.Adam, eps=1e-4)
 
 
 def training_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -612,18 +609,17 @@ def unroll(
     """
     updates = list(distilled.schedule())
     first, last = window or (0, len(updates))
-    train = functools.partial(inner_loop, network, optimizer=distilled.optimizer, momentum=distilled.momentum)
+    make_optimizer, moments = inner_optimizer(distilled.optimizer, distilled.momentum)
+    train = functools.partial(inner_loop, network, make_optimizer=make_optimizer, moments=moments)
     state = [each.detach().to(distilled.images.device).requires_grad_() for each in kept or network.parameters()]
     if not kept:
-        moments = len(moment_names(distilled.optimizer, distilled.momentum))
-        state += [torch.zeros_like(weight) for _ in range(moments) for weight in state]
+        state += [torch.zeros_like(weight) for _ in moments for weight in state]
     if first > 0 and not kept:
         _, state = train(state, updates[:first], track_higher_grads=False)
     if segment and track_higher_grads:
         for place in range(first, last, segment):
-            state = Segment.train(
-                functools.partial(train, done=place), state, updates[place : min(place + segment, last)]
-            )
+            part = updates[place : min(place + segment, last)]
+            state = Segment.train(functools.partial(train, done=place), state, part)
         first = last
     trained, end = train(state, updates[first:last], done=first, track_higher_grads=track_higher_grads)
     if kept is not None:
