@@ -381,16 +381,15 @@ class DistilledSet(nn.Module):
     labels:            [steps, n, classes], probabilities
     epochs:            how often the steps are gone through; `updates` = steps × epochs
     step_size:         the start for every update, or one for each as a tensor [updates]
-    learn_labels:      learn the labels as class scores, started halfway to uniform: the score of a probability 0 would
-                       be infinite, and near 0 and 1 scores hardly move
+    learn_labels:      learn the labels as class scores
+    label_smoothing:   how far these start towards uniform, above 0, at most 1: the score of a probability 0 would be
+                       infinite, and near 0 and 1 scores hardly move
     share_step_sizes:  one step size per step, the same in every epoch, in place of one per update
     optimizer:         of the inner loop, SGD or Adam
     momentum:          of SGD, 0 ≤ momentum < 1
 
     Raises ValueError where shapes or ranges are off.
     """
-
-    SMOOTHING = 0.5  # how far learned labels start from the given ones, towards uniform
 
     def __init__(
         self,
@@ -400,6 +399,7 @@ class DistilledSet(nn.Module):
         epochs: int = 1,
         step_size: float | Tensor = 0.02,
         learn_labels: bool = False,
+        label_smoothing: float = 0.5,
         share_step_sizes: bool = False,
         optimizer: str = "SGD",
         momentum: float = 0.0,
@@ -417,6 +417,7 @@ class DistilledSet(nn.Module):
             "labels: give probabilities, which are at least 0 and add up to 1 for each image",
         )
         require(epochs >= 1, f"epochs={epochs}: give at least 1")
+        require(0 < label_smoothing <= 1, f"label_smoothing={label_smoothing}: give more than 0 and at most 1")
         require(0 <= momentum < 1, f"momentum={momentum}: give at least 0 and less than 1")
         require(optimizer in ("SGD", "Adam"), f"optimizer='{optimizer}': give SGD or Adam")
         require(optimizer == "SGD" or momentum == 0, f"momentum={momentum}: is SGD's; Adam has moments of its own")
@@ -434,7 +435,7 @@ class DistilledSet(nn.Module):
         # The inverse of softplus, log(exp(s) - 1), in the form that does not overflow for a large s.
         self.raw_step_sizes = nn.Parameter((step_sizes + (-torch.expm1(-step_sizes)).log()).expand(learned).clone())
         if learn_labels:
-            smoothed = (1 - self.SMOOTHING) * labels + self.SMOOTHING / labels.shape[-1]
+            smoothed = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
             self.label_scores = nn.Parameter(smoothed.log())
         else:
             self.register_buffer("fixed_labels", labels.clone())

@@ -15,14 +15,16 @@ from study.architectures import ARCHITECTURES
 from study.experiments import Study
 from study.ingredients import EXPERIMENTS as INGREDIENTS
 
-THIRTY = {"inner": {"optimizer": "Adam", "learn_labels": True}, "step_size": 0.003, "batch_size": 128}
+SOFT = {"optimizer": "Adam", "learn_labels": True}
+ADAM = {"inner": {**SOFT, "label_smoothing": 0.1}, "step_size": 0.003, "batch_size": 128}
 FREE = {
     "inner": {"momentum": 0.9, "learn_labels": True, "share_step_sizes": True}, "step_size": 0.01,
     "step_size_learning_rate": 0, "pool": 10, "learning_rate": 0.05, "batch_size": 1024,
 }  # fmt: skip
 RECIPES = {
-    "best-100-in-30": {"steps": 10, "per_class": 1, "epochs": 3, "iterations": 4000, **THIRTY},
-    "best-10": {"steps": 1, "per_class": 1, "epochs": 50, "iterations": 2400, **THIRTY},
+    "best-100-in-30": {"steps": 10, "per_class": 1, "epochs": 3, "iterations": 4000, **ADAM, "inner": SOFT},
+    "best-100-in-100": {"steps": 10, "per_class": 1, "epochs": 10, "iterations": 2000, **ADAM},
+    "best-10": {"steps": 1, "per_class": 1, "epochs": 50, "iterations": 2400, **ADAM},
     "best-100-free": {"steps": 1, "per_class": 10, "epochs": 300, "window": 60, "iterations": 1400, **FREE},
     "best-500-free": {"steps": 2, "per_class": 25, "epochs": 300, "window": 30, "iterations": 650, **FREE},
 }  # what a name says: images, and in how many updates or for free retraining

@@ -70,12 +70,19 @@ def test_labels_are_learned_only_where_asked(toy):
     assert torch.equal(learned.labels.argmax(-1), fixed.labels.argmax(-1))
 
 
+def test_learned_labels_start_near_the_given_ones(toy):
+    labels = make_set(toy, learn_labels=True, label_smoothing=0.1).labels
+    expected = 0.9 * make_set(toy).labels + 0.1 / labels.shape[-1]
+    torch.testing.assert_close(labels, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs=0: give at least 1"),
         ({"optimizer": "RMSprop"}, "optimizer='RMSprop': give SGD or Adam"),
         ({"optimizer": "Adam", "momentum": 0.5}, r"momentum=0\.5: is SGD's"),
+        ({"label_smoothing": 0}, "label_smoothing=0: give more than 0"),
         ({"momentum": 1.0}, r"momentum=1\.0: give at least 0 and less than 1"),
         ({"step_size": -0.1}, r"step_size=-0\.1: give positive numbers"),
         ({"step_size": float("nan")}, "step_size=nan: give positive numbers"),
