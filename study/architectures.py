@@ -33,9 +33,9 @@ class WideLeNet(nn.Sequential):
 
 
 class ConvNet(nn.Sequential):
-    """The field's usual three blocks of convolution, instance normalization, ReLU and average pooling."""
+    """The field's usual three blocks of convolution, instance normalization, ReLU and average pooling, half as wide."""
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 64) -> None:
         blocks = []
         for channels in (1, width, width):
             blocks += [
@@ -45,16 +45,16 @@ class ConvNet(nn.Sequential):
 
 
 class AlexNet(nn.Sequential):
-    """Five convolutions as AlexNet has them, large kernels first, at half its width."""
+    """Five convolutions as AlexNet has them, large kernels first, at a quarter of its width."""
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(1, 64, 5, padding=4), nn.ReLU(), nn.MaxPool2d(2),  # [n, 64, 16, 16]
-            nn.Conv2d(64, 96, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),  # [n, 96, 8, 8]
-            nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(128, 96, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(96, 96, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # [n, 96, 4, 4]
-            nn.Flatten(), nn.Linear(1536, 10),
+            nn.Conv2d(1, 32, 5, padding=4), nn.ReLU(), nn.MaxPool2d(2),  # [n, 32, 16, 16]
+            nn.Conv2d(32, 48, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),  # [n, 48, 8, 8]
+            nn.Conv2d(48, 96, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(96, 64, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),  # [n, 64, 4, 4]
+            nn.Flatten(), nn.Linear(1024, 10),
         )  # fmt: skip
 
 

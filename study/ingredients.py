@@ -23,7 +23,7 @@ from runs import seeded
 from study.experiments import Study
 
 STARTS = {"noise": partial(du.noise_start, std=0.3), "real": du.real_start, "k-means": du.k_means_start}
-PAPER = {"start": "noise", "epochs": 3, "step_size": 0.03, "batch_size": 128, "iterations": 200}
+PAPER = {"start": "noise", "epochs": 3, "step_size": 0.03, "batch_size": 128, "iterations": 150}
 COMPANY = {"start": "k-means", "inner": {"optimizer": "Adam", "learn_labels": True}, "step_size": 0.003}
 INGREDIENTS = {
     "nothing": ("nothing added", {}),
@@ -51,13 +51,17 @@ class LowResolution(du.DistilledSet):
             yield F.interpolate(images, size=(28, 28), mode="bilinear"), labels, step_size
 
 
-def augmented(dataset: du.Dataset, *, copies: int = 4) -> du.Dataset:
-    """`dataset` with so many slightly moved, turned and scaled copies of its training images in place of them."""
-    black = float(dataset.train.images.min())
+def augmented(images: Tensor, *, black: float, copies: int) -> Tensor:
+    """So many slightly moved, turned and scaled copies of images [n, c, h, w], as [copies × n, c, h, w]."""
     shake = v2.RandomAffine(degrees=10, translate=(0.07, 0.07), scale=(0.9, 1.1), fill=black)
     with seeded(0):
-        images = [torch.stack([shake(image) for image in dataset.train.images]) for _ in range(copies)]
-    return replace(dataset, train=du.Split(torch.cat(images), dataset.train.labels.repeat(copies)))
+        return torch.stack([shake(image) for _ in range(copies) for image in images])
+
+
+def augmented_training(dataset: du.Dataset, *, copies: int = 4) -> du.Dataset:
+    """`dataset` with augmented copies of its training images in place of them."""
+    images = augmented(dataset.train.images, black=float(dataset.train.images.min()), copies=copies)
+    return replace(dataset, train=du.Split(images, dataset.train.labels.repeat(copies)))
 
 
 def ingredient(
@@ -74,7 +78,7 @@ def ingredient(
     **options,
 ) -> None:
     """One row: the accuracy on validation images after a short distillation, and how long it took."""
-    dataset = augmented(study.mnist) if augmented_images else study.mnist
+    dataset = augmented_training(study.mnist) if augmented_images else study.mnist
     images, labels = STARTS[start](dataset, steps=10)
     images = F.interpolate(images.flatten(0, 1), size=shape, mode="bilinear", antialias=True).unflatten(0, (10, 10))
     make = du.DistilledSet if shape == (28, 28) else LowResolution
