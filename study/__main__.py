@@ -36,7 +36,11 @@ def run(names: list[str], arguments: argparse.Namespace) -> None:
             name, arguments.results, du.pick_device(arguments.device), arguments.data_root, arguments.fraction,
             arguments.networks,
         )  # fmt: skip
-        {**EXPERIMENTS, **BEYOND}[name](experiment)
+        try:
+            {**EXPERIMENTS, **BEYOND}[name](experiment)
+        except BaseException:
+            experiment.keep_time(time.perf_counter() - start)
+            raise
         experiment.write(time.perf_counter() - start)
         for row, found in experiment.rows.items():
             print(f"{name}: {row}: {pooled(found['values'])}", flush=True)

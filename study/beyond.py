@@ -22,7 +22,7 @@ FREE = {
     "inner": {"momentum": 0.9, "learn_labels": True, "share_step_sizes": True}, "step_size": 0.01,
     "step_size_learning_rate": 0, "pool": 10, "learning_rate": 0.05, "batch_size": 1024,
 }  # fmt: skip
-CALM = {"learning_rate": 0.02, "batch_size": 512}
+CALM = {"learning_rate": 0.02, "batch_size": 512, "few": True}
 RECIPES = {
     "best-100-in-30": {"steps": 10, "per_class": 1, "epochs": 3, "iterations": 4000, **ADAM, "inner": SOFT},
     "best-100-in-100": {"steps": 10, "per_class": 1, "epochs": 10, "iterations": 2000, **ADAM},
@@ -34,13 +34,17 @@ RECIPES = {
 AUGMENTED = ("best-10", "best-100-in-100", "best-100-free")  # five hundred images would take an hour
 
 
-def best(study: Study, *, steps: int, per_class: int, data: str = "mnist", **recipe) -> None:
-    """The best set of one kind: as distilled, and in free retraining beside its controls."""
-    dataset, some = getattr(study, data), max(1, study.networks // 20)
+def best(study: Study, *, steps: int, per_class: int, data: str = "mnist", few: bool = False, **recipe) -> None:
+    """The best set of one kind: as distilled, and in free retraining beside its controls.
+
+    `few` tests all but free retraining on four networks alone, where images are many and time is short.
+    """
+    dataset, networks = getattr(study, data), max(1, study.networks // 2)
+    some = max(1, networks // 25) if few else max(1, networks // 10)
     start = du.k_means_start(dataset, steps=steps, per_class=per_class)
     distilled, file = study.distil("images", dataset, du.LeNet, start, **recipe)
-    networks = max(1, study.networks // 2)
-    study.add("as distilled", du.evaluate(distilled, dataset.test, du.LeNet, networks=networks).values, file=file)
+    as_distilled = du.evaluate(distilled, dataset.test, du.LeNet, networks=some if few else networks)
+    study.add("as distilled", as_distilled.values, file=file)
     study.add("retrained", du.retrain(distilled, dataset.test, du.LeNet, networks=networks).values, file=file)
     real = du.real_start(dataset, steps=steps, per_class=per_class)
     for title, images in {

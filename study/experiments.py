@@ -97,6 +97,20 @@ class Study:
         distilled.save(self.results / file, dataset=dataset, network="LeNet", seed=seed, command="make study")
         return file
 
+    @property
+    def clock(self) -> Path:
+        """Where the seconds of interrupted runs are kept."""
+        return self.results / "checkpoints" / f"{self.name}.seconds"
+
+    def earlier_seconds(self) -> float:
+        """How long interrupted runs of this experiment took."""
+        return float(self.clock.read_text()) if self.clock.exists() else 0.0
+
+    def keep_time(self, seconds: float) -> None:
+        """Adds what an interrupted run took."""
+        self.clock.parent.mkdir(parents=True, exist_ok=True)
+        self.clock.write_text(str(self.earlier_seconds() + seconds))
+
     def write(self, seconds: float) -> None:
         """Writes the rows and how they came about."""
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else None
@@ -104,7 +118,7 @@ class Study:
             "experiment": self.name,
             "fraction": self.fraction,
             "networks": self.networks,
-            "seconds": round(seconds),  # of the process that finished it
+            "seconds": round(self.earlier_seconds() + seconds),  # but for runs that were killed outright
             "machine": gpu or f"{self.device.type}, {torch.get_num_threads()} of {os.cpu_count()} cores",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
             "rows": self.rows,

@@ -23,7 +23,7 @@ def card(name: str, results: Path) -> str:
     record = json.loads((results / f"{experiment}.json").read_text())
     recipe = RECIPES[experiment]
     distilled = du.DistilledSet.load(results / f"{experiment}-images.safetensors")
-    settings = {key: value for key, value in recipe.items() if key not in ("steps", "per_class", "epochs")}
+    settings = {key: value for key, value in recipe.items() if key not in ("steps", "per_class", "epochs", "few")}
     measured = {row: Line("", experiment, row).result(results) for row in ("as distilled", "retrained")}
     count = {row: len(each.values) for row, each in measured.items()}
     return f"""# {name}

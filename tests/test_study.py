@@ -203,3 +203,10 @@ def test_a_stored_set_still_trains_networks_as_stored(mnist_root):
     mnist = du.load_mnist(mnist_root, device="cpu")
     again = du.evaluate(distilled, mnist.test, du.LeNet, networks=2).values
     assert again.tolist() == pytest.approx(kept["values"][0][:2], abs=0.5)
+
+
+def test_the_time_of_an_interrupted_run_counts(tmp_path):
+    for seconds in (5.0, 2.0):
+        experiments.Study("some", tmp_path, torch.device("cpu"), "").keep_time(seconds)
+    experiments.Study("some", tmp_path, torch.device("cpu"), "").write(3.0)
+    assert json.loads((tmp_path / "some.json").read_text())["seconds"] == 10
