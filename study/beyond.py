@@ -94,7 +94,7 @@ def label_robust_score(
     return recovery, improvement, (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def augmented_retraining(study: Study, *, copies: int = 5) -> None:
+def augmented_retraining(study: Study, *, copies: int = 10) -> None:
     """Free retraining on augmented copies of the sets, which sees as many more images in each of its epochs."""
     black = float(study.mnist.train.images.min())
     for name in AUGMENTED:

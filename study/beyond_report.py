@@ -59,7 +59,7 @@ def controls(results: Path) -> str:
     }
     rows = [[row.removeprefix("control, "), *values] for row, values in found.items()]
     rows.append(
-        ["retrained, five augmented copies of each image"]
+        ["retrained, ten augmented copies of each image"]
         + [Line("", "augmented", name).result(results) if name in AUGMENTED else "" for name in names]
     )
     real = Line("", "whole-set", "ordinary").result(results).mean

@@ -58,7 +58,7 @@ def augmented(images: Tensor, *, black: float, copies: int) -> Tensor:
         return torch.stack([shake(image) for _ in range(copies) for image in images])
 
 
-def augmented_training(dataset: du.Dataset, *, copies: int = 4) -> du.Dataset:
+def augmented_training(dataset: du.Dataset, *, copies: int = 2) -> du.Dataset:
     """`dataset` with augmented copies of its training images in place of them."""
     images = augmented(dataset.train.images, black=float(dataset.train.images.min()), copies=copies)
     return replace(dataset, train=du.Split(images, dataset.train.labels.repeat(copies)))
