@@ -12,8 +12,11 @@ from study.beyond import RECIPES
 from study.report import Line
 
 SHIPPED = {
-    "mnist-100": ("best-100-free", "retrained"),
+    "mnist-10": ("best-10", "as distilled"),
     "mnist-100-in-30-updates": ("best-100-in-30", "as distilled"),
+    "mnist-100-in-100-updates": ("best-100-in-100", "as distilled"),
+    "mnist-100": ("best-100-free", "retrained"),
+    "mnist-500": ("best-500-free", "retrained"),
 }  # name: experiment, and the regime it was made for
 
 
