@@ -1,7 +1,7 @@
 # make notebook   execute distill.ipynb in place, figures included
 # make lab        open it in JupyterLab
 # make test       lint, then every test
-# make study      every MNIST experiment of the paper that results/ does not hold yet, and their table
+# make study      every experiment, the paper's and those beyond it, that results/ does not hold yet, and their tables
 # make benchmark  time it beside other ways to the same gradient, and write benchmarks/results.md
 #
 # Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in DATA_ROOT
@@ -27,6 +27,7 @@ test: $(VENV)/installed
 
 study: $(VENV)/installed
 	$(BIN)/python -m study
+	$(BIN)/python -m study beyond
 
 benchmark: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt

@@ -23,11 +23,12 @@ FREE = {
     "step_size_learning_rate": 0, "pool": 10, "learning_rate": 0.05, "batch_size": 1024,
 }  # fmt: skip
 CALM = {"learning_rate": 0.02, "batch_size": 512, "few": True}
+DIGITS = {"data": "digits", "few": True}
 RECIPES = {
     "best-100-in-30": {"steps": 10, "per_class": 1, "epochs": 3, "iterations": 4000, **ADAM, "inner": SOFT},
     "best-100-in-100": {"steps": 10, "per_class": 1, "epochs": 10, "iterations": 2000, **ADAM},
-    "best-100-digits": {"steps": 10, "per_class": 1, "epochs": 10, "iterations": 200, "data": "digits", **ADAM},
-    "best-10": {"steps": 1, "per_class": 1, "epochs": 50, "iterations": 400, "networks": 8, **ADAM},
+    "best-100-digits": {"steps": 10, "per_class": 1, "epochs": 10, "iterations": 100, **ADAM, **DIGITS},
+    "best-10": {"steps": 1, "per_class": 1, "epochs": 50, "iterations": 100, "networks": 8, **ADAM},
     "best-100-free": {"steps": 1, "per_class": 10, "epochs": 300, "window": 60, "iterations": 1400, **FREE},
     "best-500-free": {"steps": 2, "per_class": 25, "epochs": 300, "window": 30, "iterations": 500, **FREE, **CALM},
 }  # what a name says: images, and in how many updates or for free retraining
@@ -59,7 +60,7 @@ def best(study: Study, *, steps: int, per_class: int, data: str = "mnist", few: 
 
 def architectures(study: Study, *, file: str, per_class: int) -> None:
     """A set distilled for LeNet, and random real images, retrained freely on by networks of other kinds."""
-    mnist, networks = study.mnist, max(1, study.networks // 100)
+    mnist, networks = study.mnist, max(1, study.networks // 200)
     distilled = du.DistilledSet.load(study.results / file, device=study.device)
     real = under(distilled, *du.real_start(mnist, steps=distilled.steps, per_class=per_class))
     for name, make_network in ARCHITECTURES.items():

@@ -129,7 +129,7 @@ def draw_ingredients(results: Path) -> Figure:
         axis.set(xlabel="validation accuracy (%)", xlim=(40, 95))
     axes[0].set_title("alone: noise, fixed labels, inner SGD")
     axes[1].set_title("in company: k-means, learned labels, Adam")
-    figure.suptitle("100 images, 30 updates, 150 outer iterations: mean ± std over networks, one distillation each")
+    figure.suptitle("100 images, 30 updates, 100 outer iterations: mean ± std over networks, one distillation each")
     return figure
 
 

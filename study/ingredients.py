@@ -23,7 +23,7 @@ from runs import seeded
 from study.experiments import Study
 
 STARTS = {"noise": partial(du.noise_start, std=0.3), "real": du.real_start, "k-means": du.k_means_start}
-PAPER = {"start": "noise", "epochs": 3, "step_size": 0.03, "batch_size": 128, "iterations": 150}
+PAPER = {"start": "noise", "epochs": 3, "step_size": 0.03, "batch_size": 128, "iterations": 100}
 COMPANY = {"start": "k-means", "inner": {"optimizer": "Adam", "learn_labels": True}, "step_size": 0.003}
 INGREDIENTS = {
     "nothing": ("nothing added", {}),
