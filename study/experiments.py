@@ -54,10 +54,6 @@ class Study:
     def digits(self) -> du.Dataset:
         return du.load_digits(device=self.device)
 
-    @cached_property
-    def fashion(self) -> du.Dataset:
-        return du.load_torchvision("FashionMNIST", self.data_root, device=self.device)
-
     def add(self, row: str, *sets: Tensor | list[float], file: str | None = None) -> None:
         """Keeps a row: the accuracies (percent) of the networks of each set of images, and the one set's file."""
         self.rows[row] = {"values": [[round(float(value), 2) for value in values] for values in sets], "file": file}
