@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +89,12 @@ def test_the_experiments_write_what_the_report_reads(tmp_path, digits, monkeypat
 def test_each_architecture_reads_digits(name):
     network = beyond.ARCHITECTURES[name]()
     assert network(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_stored_results_are_whole_and_the_readme_quotes_them():
+    results = Path(du.__file__).with_name("results")
+    assert set(beyond.BEYOND) <= {path.stem for path in results.glob("*.json")}
+    written, readme = (results / "beyond.md").read_text(), (results.parent / "README.md").read_text()
+    for table in (beyond_report.best, beyond_report.ingredients, beyond_report.controls, beyond_report.transfer):
+        assert table(results) in written
+    assert beyond_report.best(results) in readme
