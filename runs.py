@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import signal
@@ -60,8 +61,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def markdown_table(head: list[str], rows: list[list]) -> str:
-    """Column names and rows as a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+    """Column names and rows as a table in Markdown, without the columns that are empty throughout."""
+    filled = [any(str(row[place]) for row in rows) for place in range(len(head))]
+    lines = [list(itertools.compress(line, filled)) for line in (head, ["---"] * len(head), *rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

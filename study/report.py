@@ -27,6 +27,7 @@ class Line:
     row: str  # how the row's name begins
     reported: str = ""  # by Wang et al. 2018; for other data in brackets
     why: str = ""  # what is different here
+    aim: str = ""  # of this project, in percent
 
     def sets(self, results: Path) -> list[list[float]]:
         """The accuracies of the networks of each set of images; raises ValueError where there are none."""
@@ -209,7 +210,7 @@ def draw_baselines(results: Path) -> Figure:
     axis.barh([0], [0], color="0.7", label="not distilled")
     axis.set_yticks(range(len(lines)), [line.title.split("10 × 3, ")[-1].removeprefix("baseline: ") for line in lines])
     axis.set(xlabel="test accuracy (%), mean ± std over networks", xlim=(0, 100))
-    figure.suptitle("LeNet on MNIST, unknown initializations: thirty updates on 100 images")
+    figure.suptitle("LeNet on MNIST, unknown initializations: thirty updates on 100 images (class means: 10)")
     axis.legend(loc="lower left")
     return figure
 

@@ -11,6 +11,7 @@ from conftest import Smooth, make_toy
 from torch import nn
 
 import distill_utils as du
+import runs
 from runs import seeded
 from study import __main__ as command
 from study import experiments, report
@@ -170,6 +171,11 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["study", *options, "--fraction", "0.5"])
     with pytest.raises(SystemExit, match=r"error: --fraction=0.5: .*attack.json has fraction 1.0; name another"):
         command.main()
+
+
+def test_a_table_leaves_out_columns_that_are_empty_throughout():
+    table = runs.markdown_table(["set", "reported", "here"], [["ten", "", 81.9], ["hundred", "", ""]])
+    assert table == "| set | here |\n| --- | --- |\n| ten | 81.9 |\n| hundred |  |"
 
 
 def test_the_summary_is_computed_from_the_stored_accuracies(tmp_path):
