@@ -66,7 +66,8 @@ def run_command(given: dict) -> None:
     with several_processes(given["device"]) as device:
         dataset = load_dataset(given, device)
         start = STARTS[given["start"]]
-        distilled = du.DistilledSet(*start(dataset, **chosen(start)), **chosen(du.DistilledSet))
+        images, labels = du.tiled(*start(dataset, **chosen(start)), tiles=given["tiles"])
+        distilled = du.DistilledSet(images, labels, **chosen(du.DistilledSet))
         known = given["known"] is not None
         make_network = du.fixed_initialization(du.LeNet, seed=given["known"]) if known else du.LeNet
         rank, processes = process_rank()

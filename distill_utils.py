@@ -6,7 +6,7 @@ tells of the command line):
 
     data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits, relabel
     networks        LeNet, Stack, fixed_initialization, one_of
-    distilled set   real_start, noise_start, k_means_start, DistilledSet, load
+    distilled set   real_start, noise_start, k_means_start, tiled, DistilledSet, load
     inner loop      inner_loop, unroll
     outer loop      outer_loss, distill, History
     evaluation      accuracy, evaluate, Accuracies
@@ -374,6 +374,31 @@ def k_means_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int
     return images.reshape(*labels.shape[:2], *images.shape[2:]).to(dataset.train.images), labels.to(images)
 
 
+def tiled(images: Tensor, labels: Tensor, *, tiles: int) -> tuple[Tensor, Tensor]:
+    """A start for `DistilledSet(tiles=)`: images [steps, n, c, h, w] made smaller, tiles × tiles of them to an image.
+
+    Gives images [steps, n / tiles², c, h, w], and the labels as they were. Raises ValueError where they do not fit.
+    """
+    steps, n, _, *size = images.shape
+    check_tiles(size, tiles)
+    require(
+        n % tiles**2 == 0,
+        f"tiles={tiles}: a step has {n} images; give a multiple of {tiles**2}, as with per_class={tiles**2}",
+    )
+    size = [length // tiles for length in size]
+    small = F.interpolate(images.flatten(0, 1), size=size, mode="bilinear", antialias=True)
+    grid = small.unflatten(0, (steps, -1, tiles, tiles))  # [steps, n / tiles², rows, columns, c, h / tiles, w / tiles]
+    return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(steps, -1, *images.shape[2:]), labels
+
+
+def check_tiles(size: Sequence[int], tiles: int) -> None:
+    """Raises ValueError unless images of `size`, height and width, can be cut into tiles × tiles."""
+    require(
+        tiles >= 1 and all(length % tiles == 0 for length in size),
+        f"tiles={tiles}: give a number that divides the images' height and width, {list(size)}",
+    )
+
+
 class DistilledSet(nn.Module):
     """What is learned: images, their labels where asked, and a positive step size for each update.
 
@@ -387,6 +412,9 @@ class DistilledSet(nn.Module):
     share_step_sizes:  one step size per step, the same in every epoch, in place of one per update
     optimizer:         of the inner loop, SGD or Adam
     momentum:          of SGD, 0 ≤ momentum < 1
+    tiles:             each image holds tiles × tiles smaller ones, which networks see enlarged to its size: more
+                       images from as many pixels (multi-formation, Kim et al. 2022). Then `labels` are those of the
+                       smaller ones, [steps, n × tiles², classes], as from `tiled`
 
     Raises ValueError where shapes or ranges are off.
     """
@@ -403,13 +431,16 @@ class DistilledSet(nn.Module):
         share_step_sizes: bool = False,
         optimizer: str = "SGD",
         momentum: float = 0.0,
+        tiles: int = 1,
     ) -> None:
         super().__init__()
         require(images.dim() == 5 and len(images) > 0, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]")
+        check_tiles(images.shape[-2:], tiles)
+        decoded = [len(images), images.shape[1] * tiles**2]
         require(
-            labels.dim() == 3 and labels.shape[:2] == images.shape[:2],
-            f"labels: shape {list(labels.shape)} with images {list(images.shape)}; give [steps, n, classes], "
-            "for integer labels F.one_hot(labels, classes)",
+            labels.dim() == 3 and list(labels.shape[:2]) == decoded,
+            f"labels: shape {list(labels.shape)} with images {list(images.shape)} and tiles={tiles}; give "
+            f"{decoded} and classes, for integer labels F.one_hot(labels, classes)",
         )
         labels = labels.to(images)
         require(
@@ -421,7 +452,8 @@ class DistilledSet(nn.Module):
         require(0 <= momentum < 1, f"momentum={momentum}: give at least 0 and less than 1")
         require(optimizer in ("SGD", "Adam"), f"optimizer='{optimizer}': give SGD or Adam")
         require(optimizer == "SGD" or momentum == 0, f"momentum={momentum}: is SGD's; Adam has moments of its own")
-        self.steps, self.epochs, self.optimizer, self.momentum = len(images), epochs, optimizer, momentum
+        self.steps, self.epochs, self.tiles = len(images), epochs, tiles
+        self.optimizer, self.momentum = optimizer, momentum
         learned = self.steps if share_step_sizes else self.updates
         step_sizes = torch.as_tensor(step_size, dtype=images.dtype, device=images.device)
         require(
@@ -446,6 +478,7 @@ class DistilledSet(nn.Module):
         return (
             f"{steps} steps of {n} images {shape}, {labels} labels, {self.epochs} epochs, "
             f"{len(self.raw_step_sizes)} step sizes, {self.optimizer}, momentum {self.momentum}"
+            + (f", {self.tiles} × {self.tiles} tiles" if self.tiles > 1 else "")
         )
 
     @property
@@ -464,12 +497,21 @@ class DistilledSet(nn.Module):
         sizes = F.softplus(self.raw_step_sizes)
         return sizes.repeat(self.updates // len(sizes))
 
+    def decoded(self) -> Tensor:
+        """The images as networks see them, [steps, n × tiles², c, h, w]; without tiles, `images` themselves."""
+        if self.tiles == 1:
+            return self.images
+        grid = self.images.unflatten(-2, (self.tiles, -1)).unflatten(-1, (self.tiles, -1))
+        small = grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(0, 3)  # [steps × n × rows × columns, c, h / tiles, w / tiles]
+        enlarged = F.interpolate(small, size=self.images.shape[-2:], mode="bilinear")
+        return enlarged.unflatten(0, (self.steps, -1))
+
     def schedule(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each update in turn: images [n, c, h, w], labels [n, classes] and the step size []."""
-        labels = self.labels
+        images, labels = self.decoded(), self.labels
         for update, step_size in enumerate(self.step_sizes):
             step = update % self.steps
-            yield self.images[step], labels[step], step_size
+            yield images[step], labels[step], step_size
 
     def save(self, path: str | Path, *, dataset: Dataset, network: str, seed: int, command: str) -> None:
         """Writes one safetensors file: `images`, `labels`, `step_sizes` [updates], and how they were made.
@@ -485,6 +527,7 @@ class DistilledSet(nn.Module):
             "network": network,
             "inner_optimizer": self.optimizer,
             "momentum": repr(self.momentum),
+            "tiles": str(self.tiles),
             "seed": str(seed),
             "versions": " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher")),
             "command": command,
@@ -520,6 +563,7 @@ class DistilledSet(nn.Module):
                 step_size=tensors["step_sizes"],
                 optimizer=metadata["inner_optimizer"],
                 momentum=float(metadata["momentum"]),
+                tiles=int(metadata.get("tiles", 1)),
             )
         except ValueError as error:
             raise ValueError(f"path='{path}': {error}") from error
@@ -1023,7 +1067,7 @@ def retrain(
     may have batch normalization or dropout.
     """
     require_positive(networks=networks, epochs=epochs, batch_size=batch_size, stack=stack)
-    images, labels = (each.detach().flatten(0, 1).to(split.images) for each in (distilled.images, distilled.labels))
+    images, labels = (each.detach().flatten(0, 1).to(split.images) for each in (distilled.decoded(), distilled.labels))
     values = []
     with seeded(seed):
         for part in chunks(range(networks), stack or stack_size(split.images.device)):

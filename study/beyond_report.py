@@ -10,26 +10,25 @@ from matplotlib.figure import Figure
 
 from runs import atomic_write, markdown_table
 from study.architectures import ARCHITECTURES
-from study.beyond import AUGMENTED, RECIPES, label_robust_score
-from study.ingredients import EXPERIMENTS, INGREDIENTS
+from study.beyond import AUGMENTED, RECIPES, TRANSFERRED, label_robust_score
+from study.ingredients import EXPERIMENTS, INGREDIENTS, WITHOUT
 from study.report import Line, what_is_behind
+from study.ship import SHIPPED
 
+WANG, CONDENSATION = "79.5 ± 8.1 (Wang et al.), 82.7 ± 2.8 (soft labels)", "93.9 ± 0.6 (with augmentation)"
 BEST = (
-    Line(
-        "100 images, 30 updates", "best-100-in-30", "as distilled", "79.5 ± 8.1 (Wang et al.), 82.7 ± 2.8 (soft labels)"
-    ),
-    Line("100 images, 100 updates", "best-100-in-100", "as distilled"),
-    Line("100 images, 300 updates on all of them", "best-100-free", "as distilled"),
-    Line("100 images, free retraining", "best-100-free", "retrained"),
-    Line(
-        "the same, on ten augmented copies of each image",
-        "augmented",
-        "best-100-free",
-        "93.9 ± 0.6 (gradient matching, whose code augments too)",
-    ),
-    Line("10 images, 50 updates", "best-10", "as distilled"),
+    Line("100 images, 30 updates", "best-100-in-30", "as distilled", WANG, aim="85"),
+    Line("100 images of 4 tiles, 30 updates", "tiled-100-in-30", "as distilled", WANG, aim="85"),
+    Line("100 images, 100 updates", "best-100-in-100", "as distilled", aim="93"),
+    Line("100 images of 4 tiles, 100 updates", "tiled-100-in-100", "as distilled", aim="93"),
+    Line("100 images, free retraining", "best-100-free", "retrained", CONDENSATION, aim="94"),
+    Line("the same, on ten augmented copies of each image", "augmented", "best-100-free, distilled", CONDENSATION),
+    Line("100 images of 4 tiles, free retraining", "tiled-100-free", "retrained", CONDENSATION, aim="94"),
+    Line("10 images, 50 updates", "best-10", "as distilled", aim="85"),
+    Line("10 images of 4 tiles, 50 updates", "tiled-10", "as distilled", aim="85"),
     Line("10 images, free retraining", "best-10", "retrained"),
-    Line("500 images, free retraining", "best-500-free", "retrained"),
+    Line("10 images of 4 tiles, free retraining", "tiled-10", "retrained"),
+    Line("500 images, free retraining", "best-500-free", "retrained", aim="96"),
     Line("all real images, ordinary training", "whole-set", "ordinary"),
 )
 CONTROLS = (
@@ -45,9 +44,29 @@ def best(results: Path) -> str:
     rows = []
     for line in BEST:
         seconds = json.loads((results / f"{line.experiment}.json").read_text())["seconds"]
-        found = line.sets(results)
-        rows.append([line.title, line.reported, line.result(results), what_is_behind(found), f"{seconds / 60:.0f}"])
-    return markdown_table(["LeNet, unknown initializations", "as reported (%)", "here", "behind it", "minutes"], rows)
+        behind, minutes = what_is_behind(line.sets(results)), f"{seconds / 60:.0f}"
+        rows.append([line.title, line.reported, line.aim, line.result(results), behind, minutes])
+    head = ["LeNet, unknown initializations", "as reported (%)", "aim", "here", "behind it", "minutes"]
+    return markdown_table(head, rows)
+
+
+def recipes() -> str:
+    """How each of the best sets is made."""
+    shipped = {experiment: name for name, (experiment, _) in SHIPPED.items()}
+    head = [
+        "experiment", "shipped as", "images", "steps × epochs", "inner optimizer", "differentiated through",
+        "outer iterations", "networks in each", "real batch", "outer rate",
+    ]  # fmt: skip
+    rows = []
+    for name, recipe in RECIPES.items():
+        tiles, shown = recipe.get("tiles", 1) ** 2, 10 * recipe["steps"] * recipe["per_class"]
+        optimizer = recipe["inner"].get("optimizer", f"SGD, momentum {recipe['inner'].get('momentum')}")
+        through = f"{recipe['window']} updates, pool of {recipe['pool']}" if "window" in recipe else "all updates"
+        row = [name, shipped[name], f"{shown // tiles}, as {shown} tiles" if tiles > 1 else shown]
+        row += [f"{recipe['steps']} × {recipe['epochs']}", optimizer, through, recipe["iterations"]]
+        row += [recipe.get("networks", 1), recipe["batch_size"], recipe.get("learning_rate", 0.03)]
+        rows.append(row)
+    return markdown_table(head, rows)
 
 
 def controls(results: Path) -> str:
@@ -58,10 +77,11 @@ def controls(results: Path) -> str:
         for row in ("retrained", *(f"control, {title}" for title in CONTROLS))
     }
     rows = [[row.removeprefix("control, "), *values] for row, values in found.items()]
-    rows.append(
-        ["retrained, ten augmented copies of each image"]
-        + [Line("", "augmented", name).result(results) if name in AUGMENTED else "" for name in names]
-    )
+    for kind in ("distilled", "random real images", "k-means centers"):
+        found_augmented = [
+            Line("", "augmented", f"{name}, {kind}").result(results) if name in AUGMENTED else "" for name in names
+        ]
+        rows.append([f"ten augmented copies of each image: {kind}", *found_augmented])
     real = Line("", "whole-set", "ordinary").result(results).mean
     scores = [
         label_robust_score(distilled.mean, hard_labels.mean, random.mean, real)
@@ -77,17 +97,17 @@ def controls(results: Path) -> str:
 
 
 def transfer(results: Path) -> str:
-    """Networks that nothing was distilled for, retrained freely on a set and on as many real images."""
-    names = [path.stem for path in sorted(results.glob("architectures-*.json"))]
-    rows = [
-        [
-            architecture,
-            *(Line("", name, f"{architecture}, {title}").result(results) for name in names for title in KINDS),
-        ]
-        for architecture in ARCHITECTURES
+    """Networks that nothing was distilled for, retrained freely on a set and on as many real images; LeNet first."""
+    lenet = [
+        Line("", name, row).result(results)
+        for name in TRANSFERRED.values()
+        for row in ("retrained", "control, random real images, true labels")
     ]
-    head = [f"{name.removeprefix('architectures-')} images: {title}" for name in names for title in KINDS]
-    return markdown_table(["network", *head], rows)
+    rows = [["LeNet, which they are made for", *lenet]]
+    for architecture in ARCHITECTURES:
+        found = [Line("", name, f"{architecture}, {title}").result(results) for name in TRANSFERRED for title in KINDS]
+        rows.append([architecture, *found])
+    return markdown_table(["network", *(f"{name}: {title}" for name in TRANSFERRED.values() for title in KINDS)], rows)
 
 
 TITLE = """# Beyond the paper
@@ -98,6 +118,17 @@ labels alone, by SGD at 0.01 with momentum 0.9, in shuffled batches of up to 256
 Minutes are those of one thread, tests included."""
 
 
+def with_and_without(name: str, company: str) -> tuple[str, str] | None:
+    """The experiments with an ingredient and without it, "alone" or "together"; None where there are none.
+
+    What belongs to the company is left out of it; anything else is added to it.
+    """
+    if company == "together" and name in WITHOUT:
+        return "together-nothing", f"without-{name}"
+    pair = f"{company}-{name}", f"{company}-nothing"
+    return pair if pair[0] in EXPERIMENTS else None
+
+
 def ingredients(results: Path, *names: str) -> str:
     """What each ingredient adds, or those named, alone and in company, on validation images."""
     rows = []
@@ -106,37 +137,36 @@ def ingredients(results: Path, *names: str) -> str:
             continue
         row = [title]
         for company in ("alone", "together"):
-            if f"{company}-{name}" in EXPERIMENTS:
-                found, first = (
-                    Line("", f"{company}-{each}", "validation").result(results) for each in (name, "nothing")
-                )
-                seconds = Line("", f"{company}-{name}", "seconds").result(results).mean
-                row += [str(found), f"{found.mean - first.mean:+.1f}", f"{seconds:.0f}"]
+            if pair := with_and_without(name, company):
+                found, other = (Line("", each, "validation").result(results) for each in pair)
+                seconds = Line("", pair[0], "seconds").result(results).mean
+                row += [str(found), f"{found.mean - other.mean:+.1f}", f"{seconds:.0f}"]
         rows.append(row + [""] * (7 - len(row)))
-    company = "with k-means start, learned labels and inner Adam"
-    return markdown_table(["ingredient", "alone", "gain", "seconds", company, "gain", "seconds"], rows)
+    return markdown_table(["ingredient", "alone", "gain", "seconds", "in company", "gain", "seconds"], rows)
 
 
 def draw_ingredients(results: Path) -> Figure:
-    """The same as bars."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
+    """The gains as bars, with the standard error over networks, which are the same with and without."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    names = [name for name in INGREDIENTS if name != "nothing"][::-1]
     for axis, company in zip(axes, ("alone", "together"), strict=True):
-        names = [name for name in INGREDIENTS if f"{company}-{name}" in EXPERIMENTS][::-1]
-        found = [Line("", f"{company}-{name}", "validation").result(results) for name in names]
-        axis.barh(range(len(names)), [each.mean for each in found], xerr=[each.std for each in found], capsize=3)
-        axis.axvline(found[-1].mean, color="C3", linestyle=":")
-        axis.set_yticks(range(len(names)), [INGREDIENTS[name][0].partition(",")[0] for name in names])
-        axis.set(xlabel="validation accuracy (%)", xlim=(40, 95))
+        for place, name in enumerate(names):
+            if pair := with_and_without(name, company):
+                found, other = (Line("", each, "validation").result(results).values for each in pair)
+                gains = found - other
+                axis.barh(place, gains.mean(), xerr=gains.std() / len(gains) ** 0.5, capsize=3, color="C0")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="gain in validation accuracy (points)")
+    axes[0].set_yticks(range(len(names)), [INGREDIENTS[name][0].partition(",")[0] for name in names])
     axes[0].set_title("alone: noise, fixed labels, inner SGD")
     axes[1].set_title("in company: k-means, learned labels, Adam")
-    figure.suptitle("100 images, 30 updates, 100 outer iterations: mean ± std over networks, one distillation each")
     return figure
 
 
 def report_beyond(results: Path) -> None:
     """Writes what lies beyond the paper."""
     parts = {
-        "The best sets": best(results),
+        "The best sets": best(results), "How they are made": recipes(),
         "Ingredients": ingredients(results), "Controls": controls(results), "Other architectures": transfer(results)
     }  # fmt: skip
     text = "\n\n".join([TITLE, *(f"## {title}\n\n{table}" for title, table in parts.items())])

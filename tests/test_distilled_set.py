@@ -7,8 +7,9 @@ import torch
 import distill_utils as du
 
 
-def make_set(toy, **options) -> du.DistilledSet:
-    return du.DistilledSet(*du.real_start(toy, steps=2), **{"epochs": 2, "step_size": 0.1, **options})
+def make_set(toy, *, tiles=1, **options) -> du.DistilledSet:
+    start = du.tiled(*du.real_start(toy, steps=2, per_class=tiles**2), tiles=tiles)
+    return du.DistilledSet(*start, **{"epochs": 2, "step_size": 0.1, "tiles": tiles, **options})
 
 
 def test_real_start_takes_every_class_once_a_step_and_no_image_twice(toy):
@@ -76,6 +77,37 @@ def test_learned_labels_start_near_the_given_ones(toy):
     torch.testing.assert_close(labels, expected)
 
 
+def test_tiles_hold_more_images_in_as_many_pixels():
+    """Images of one brightness each, which survive being made smaller and larger, come back in their order."""
+    images = torch.arange(24.0).view(2, 12, 1, 1, 1).expand(2, 12, 1, 4, 8)
+    labels = torch.eye(12).expand(2, 12, 12)
+    distilled = du.DistilledSet(*du.tiled(images, labels, tiles=2), tiles=2)
+    assert distilled.images.shape == (2, 3, 1, 4, 8)
+    torch.testing.assert_close(distilled.images[0, 0, 0, ::2, ::4], torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    for update, (shown, shown_labels, _) in enumerate(distilled.schedule()):
+        torch.testing.assert_close(shown, images[update])
+        assert torch.equal(shown_labels, labels[update])
+
+
+def test_without_tiles_networks_see_the_images_themselves(toy):
+    distilled = make_set(toy)
+    assert distilled.decoded() is distilled.images
+    assert torch.equal(du.tiled(distilled.images, distilled.labels, tiles=1)[0], distilled.images)
+
+
+def test_tiles_must_fit(toy):
+    images, labels = du.real_start(toy, steps=2)
+    with pytest.raises(ValueError, match=r"tiles=2: a step has 3 images; give a multiple of 4, as with per_class=4"):
+        du.tiled(images, labels, tiles=2)
+    for tiles in (0, 3):
+        with pytest.raises(ValueError, match=rf"tiles={tiles}: give a number that divides .* \[4, 4\]"):
+            du.tiled(images, labels, tiles=tiles)
+    with pytest.raises(ValueError, match=r"tiles=3: give a number that divides .* \[4, 4\]"):
+        du.DistilledSet(images, labels, tiles=3)
+    with pytest.raises(ValueError, match=r"labels: shape \[2, 3, 3\] .* and tiles=2; give \[2, 12\] and classes"):
+        du.DistilledSet(images, labels, tiles=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,7 +145,7 @@ def save(distilled, toy, path):
     distilled.save(path, dataset=toy, network="Smooth", seed=7, command="pytest")
 
 
-@pytest.mark.parametrize("inner", [{"momentum": 0.5}, {"optimizer": "Adam"}])
+@pytest.mark.parametrize("inner", [{"momentum": 0.5}, {"optimizer": "Adam"}, {"tiles": 2}])
 def test_save_and_load_give_the_same_training(toy, smooth, tmp_path, inner):
     distilled = make_set(toy, learn_labels=True, share_step_sizes=True, step_size=0.5, **inner)
     save(distilled, toy, tmp_path / "new" / "toy.safetensors")
@@ -121,6 +153,7 @@ def test_save_and_load_give_the_same_training(toy, smooth, tmp_path, inner):
 
     assert (loaded.epochs, loaded.optimizer, loaded.momentum) == (2, distilled.optimizer, distilled.momentum)
     assert torch.equal(loaded.images, distilled.images)
+    assert torch.equal(loaded.decoded(), distilled.decoded())
     assert torch.equal(loaded.labels, distilled.labels)
     torch.testing.assert_close(loaded.step_sizes, distilled.step_sizes, rtol=1e-5, atol=0)
     before = du.evaluate(distilled, toy.test, smooth, networks=3).values

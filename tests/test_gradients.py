@@ -77,6 +77,26 @@ def test_gradients_equal_a_functional_loop(toy, smooth, inner, learn_labels, mak
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_gradients_reach_tiled_images(toy, smooth):
+    """Against the functional loop on images cut out and enlarged one by one."""
+    _, real = make_problem(toy)
+    labels = torch.eye(3).repeat(2, 4, 1)
+    distilled = du.DistilledSet(torch.randn(2, 3, 1, 4, 4), labels, epochs=2, step_size=0.3, tiles=2)
+    network = smooth()
+    loss = du.outer_loss(network, distilled, real)
+    cut = [
+        F.interpolate(image[None, :, row : row + 2, column : column + 2], scale_factor=2, mode="bilinear")[0]
+        for image in distilled.images.flatten(0, 1)
+        for row in (0, 2)
+        for column in (0, 2)
+    ]
+    images = torch.stack(cut).unflatten(0, (2, 12))
+    expected = functional_loss(network, real, images, labels, distilled.step_sizes)
+    ours, theirs = (torch.autograd.grad(each, distilled.images)[0] for each in (loss, expected))
+    assert ours.abs().max() > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("inner", [SGD, MOMENTUM, ADAM])
 @pytest.mark.parametrize("share_step_sizes", [False, True])
 def test_gradients_equal_finite_differences(toy, smooth, inner, share_step_sizes):

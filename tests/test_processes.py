@@ -163,6 +163,7 @@ def test_a_bad_option_ends_the_command_with_its_remedy(tmp_path):
     ("options", "message"),
     [
         (["--test-networks", "0"], "error: test_networks=0: give more than 0"),
+        (["--tiles", "2"], "error: tiles=2: a step has 10 images; give a multiple of 4, as with per_class=4"),
         (["--optimizer", "Adam", "--momentum", "0.5"], "error: momentum=0.5: is SGD's; Adam has moments of its own"),
     ],
 )
@@ -172,6 +173,16 @@ def test_what_would_fail_late_fails_at_once(tmp_path, options, message):
     assert result.returncode == 1
     assert result.stderr.strip() == message
     assert not (tmp_path / "set.safetensors").exists()
+
+
+def test_images_in_tiles_come_from_the_command_line_too(tmp_path):
+    subprocess.run(
+        command(tmp_path / "set.safetensors", "--iterations", "1", "--tiles", "2", "--per-class", "4"),
+        cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    distilled = du.DistilledSet.load(tmp_path / "set.safetensors")
+    assert distilled.images.shape == (1, 10, 1, 28, 28)
+    assert distilled.decoded().shape == (1, 40, 1, 28, 28)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path):

@@ -18,13 +18,14 @@ def mnist(mnist_root) -> du.Dataset:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_set_trains_as_its_card_says(name, mnist):
-    """Two or three networks come within three points of the mean of the card's."""
+    """In the use it is made for, two or three networks come within three points of the mean of the card's."""
     card = (FOLDER / f"{name}.md").read_text()
     as_distilled, retrained = map(float, re.findall(r"(\d+\.\d) ± ", card))
     distilled = du.load(name)
-    assert du.evaluate(distilled, mnist.test, du.LeNet, networks=3, seed=77).mean > as_distilled - 3
     if SHIPPED[name][1] == "retrained":
         assert du.retrain(distilled, mnist.test, du.LeNet, networks=2, seed=77).mean > retrained - 3
+    else:
+        assert du.evaluate(distilled, mnist.test, du.LeNet, networks=3, seed=77).mean > as_distilled - 3
 
 
 def test_every_shipped_set_has_a_card_and_an_unknown_name_is_refused():
