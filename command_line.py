@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import distill_utils as du
-from runs import process_rank, require_positive
+from runs import process_rank, require, require_positive
 
 
 def options_of(function: Callable) -> list[inspect.Parameter]:
@@ -44,7 +44,8 @@ def command_line() -> dict:
     )
     parser.add_argument("output", help="safetensors file to write the distilled set to")
     parser.add_argument("--dataset", default="MNIST", choices=[*du.TORCHVISION, "digits"], help="what to distil")
-    parser.add_argument("--data-root", default="data", help="where the dataset lies, or is downloaded to")
+    data_root = os.environ.get("DATA_ROOT", "data")
+    parser.add_argument("--data-root", default=data_root, help="where the dataset lies, or is downloaded to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--start", default="real", choices=STARTS, help="what the images are at first")
     parser.add_argument("--known", type=int, metavar="seed", help="distil for the one initialization of this seed")
@@ -60,8 +61,9 @@ def run_command(given: dict) -> None:
     def chosen(function: Callable) -> dict:
         return {option.name: given[option.name] for option in options_of(function)}
 
-    require_positive(test_networks=given["test_networks"])
+    require_positive(**{name: given[name] for name in ("test_networks", "steps", "per_class")})
     output = Path(given["output"])
+    require(not output.is_dir(), f"output={output}: is a folder; name a file in it")
     output.parent.mkdir(parents=True, exist_ok=True)  # where that fails, before any work
     with several_processes(given["device"]) as device:
         dataset = load_dataset(given, device)

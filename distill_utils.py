@@ -134,8 +134,12 @@ def make_dataset(
         f"test: labels {int(test[1].min())} to {int(test[1].max())}; give those of train, 0 to {classes - 1}",
     )
     require(
-        0 < validation < len(pixels),
-        f"validation={validation}: hold out at least 1 and fewer than the {len(pixels)} training images",
+        isinstance(validation, int) and 0 < validation < len(pixels),
+        f"validation={validation}: hold out at least 1, fewer than the {len(pixels)} training images, a whole number",
+    )
+    require(
+        test[0].shape[1:] == pixels.shape[1:],
+        f"test: images {list(test[0].shape[1:])}; give the size of train's, {list(pixels.shape[1:])}",
     )
     mean, std = float(pixels.float().mean()), float(pixels.float().std())
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
@@ -252,6 +256,16 @@ def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Modu
         not frozen, f"make_network: {', '.join(frozen)} require no gradient; register what is not trained as buffers"
     )
     return network
+
+
+def check_scores(network: nn.Module, images: Tensor, classes: int) -> None:
+    """Raises ValueError unless `network` turns images [1, c, h, w] into scores [1, classes]."""
+    wanted = f"images {list(images.shape)}; give a network that makes scores [1, {classes}] of them"
+    try:
+        shape = list(network(images).shape)
+    except RuntimeError as error:
+        raise ValueError(f"make_network: it fails ({error}) on {wanted}") from error
+    require(shape == [1, classes], f"make_network: it makes {shape} of {wanted}")
 
 
 class Stack(nn.Module):
@@ -539,6 +553,8 @@ class DistilledSet(nn.Module):
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> DistilledSet:
         """The set that `save` wrote, ready for `evaluate`. Raises ValueError where the file is not whole and sound."""
+        require(Path(path).is_file(), f"path='{path}': no such file; load(name) knows the sets that come along")
+        device = pick_device(str(device))
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -1012,6 +1028,7 @@ def evaluate(
     with seeded(seed):
         for part in chunks(range(networks), stack or stack_size(device)):
             drawn = [fresh_network(make_network, device) for _ in part]
+            check_scores(drawn[0], split.images[:1], distilled.labels.shape[-1])
             values.append(accuracy(unroll(side_by_side(drawn), distilled, track_higher_grads=False), split))
     return Accuracies(torch.cat([value.flatten().cpu() for value in values]))
 

@@ -105,8 +105,9 @@ def test_an_unknown_dataset_is_named():
         (torch.rand(9, 1, 4, 4).numpy(), torch.zeros(9), 3, "train: a pair of ndarray and Tensor; give tensors"),
         (torch.rand(9, 1, 4, 4), torch.eye(9), 3, r"train: pixels .*, labels \[9, 9\]; give .* and \[n\]"),
         (torch.rand(9, 1, 4, 4), torch.arange(9) + 1, 3, r"train: labels \[1, 2, .*; number the classes 0, 1, 2"),
-        (torch.rand(9, 1, 4, 4), torch.zeros(9), 9, "validation=9: hold out at least 1 and fewer than the 9"),
+        (torch.rand(9, 1, 4, 4), torch.zeros(9), 9, "validation=9: hold out at least 1, fewer than the 9"),
         (torch.rand(9, 1, 4, 4), torch.zeros(9), 0, "validation=0: hold out at least 1"),
+        (torch.rand(9, 1, 4, 4), torch.zeros(9), 0.2, r"validation=0\.2: hold out .* a whole number"),
     ],
 )
 def test_bad_data_is_named(pixels, labels, validation, message):

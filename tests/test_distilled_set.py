@@ -185,6 +185,14 @@ def test_a_truncated_file_is_refused(toy, tmp_path):
         du.DistilledSet.load(path)
 
 
+def test_a_missing_file_and_a_missing_device_are_named(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"path='.*nope': no such file; load\(name\) knows"):
+        du.DistilledSet.load(tmp_path / "nope")
+    save(make_set(toy), toy, tmp_path / "toy.safetensors")
+    with pytest.raises(ValueError, match="'tpu': not on this machine; give auto or one of cpu"):
+        du.DistilledSet.load(tmp_path / "toy.safetensors", device="tpu")
+
+
 def rewrite(path, *, drop=(), metadata_drop=(), **changes):
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = {name: value for name, value in file.metadata().items() if name not in metadata_drop}

@@ -85,3 +85,11 @@ def test_figures_are_drawn_and_labelled(toy, smooth):
     assert all(axis.get_ylabel() for axis in figure.axes)
     figure = du.draw_images({"first": history.images[0], "last": history.images[-1]}, columns=3)
     assert [axis.get_title() for axis in figure.axes] == ["first", "last"]
+
+
+def test_a_network_that_does_not_fit_is_refused_before_any_work(toy):
+    distilled = du.DistilledSet(*du.real_start(toy, steps=1))
+    with pytest.raises(ValueError, match=r"make_network: it makes \[1, 2\] of images \[1, 1, 4, 4\]; .* \[1, 3\]"):
+        du.distill(distilled, toy, lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), iterations=1, progress=False)
+    with pytest.raises(ValueError, match=r"make_network: it fails \(.*\) on images \[1, 1, 4, 4\]"):
+        du.evaluate(distilled, toy.test, du.LeNet, networks=1)

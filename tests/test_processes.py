@@ -163,6 +163,7 @@ def test_a_bad_option_ends_the_command_with_its_remedy(tmp_path):
     ("options", "message"),
     [
         (["--test-networks", "0"], "error: test_networks=0: give more than 0"),
+        (["--start", "noise", "--per-class", "-1"], "error: per_class=-1: give more than 0"),
         (["--tiles", "2"], "error: tiles=2: a step has 10 images; give a multiple of 4, as with per_class=4"),
         (["--optimizer", "Adam", "--momentum", "0.5"], "error: momentum=0.5: is SGD's; Adam has moments of its own"),
     ],
@@ -192,6 +193,12 @@ def test_a_folder_that_cannot_be_written_to_is_named_at_once(tmp_path):
     assert result.returncode == 1
     assert str(tmp_path / "file") in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_an_output_that_is_a_folder_is_named_at_once(tmp_path):
+    result = subprocess.run(command(tmp_path, "--iterations", "3"), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip() == f"error: output={tmp_path}: is a folder; name a file in it"
 
 
 def test_training_that_diverges_leaves_what_it_had(tmp_path):
