@@ -98,9 +98,9 @@ class Dataset:
     name: str
     mean: float  # of the training pixels, in 0..1
     std: float
-    train: Split
-    validation: Split  # for every choice of a setting
-    test: Split  # for final figures alone
+    train: Split = field(repr=False)
+    validation: Split = field(repr=False)  # for every choice of a setting
+    test: Split = field(repr=False)  # for final figures alone
     classes: int
 
 
@@ -454,7 +454,8 @@ class DistilledSet(nn.Module):
         require(
             labels.dim() == 3 and list(labels.shape[:2]) == decoded,
             f"labels: shape {list(labels.shape)} with images {list(images.shape)} and tiles={tiles}; give "
-            f"{decoded} and classes, for integer labels F.one_hot(labels, classes)",
+            f"{decoded} and classes, for integer labels F.one_hot(labels, classes)"
+            + (f"; tiled(images, labels, tiles={tiles}) makes them fit" if tiles > 1 else ""),
         )
         labels = labels.to(images)
         require(

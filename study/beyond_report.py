@@ -154,7 +154,8 @@ def draw_ingredients(results: Path) -> Figure:
             if pair := with_and_without(name, company):
                 found, other = (Line("", each, "validation").result(results).values for each in pair)
                 gains = found - other
-                axis.barh(place, gains.mean(), xerr=gains.std() / len(gains) ** 0.5, capsize=3, color="C0")
+                error = float(gains.std()) / len(gains) ** 0.5
+                axis.barh(place, float(gains.mean()), xerr=error, capsize=3, color="C0")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel="gain in validation accuracy (points)")
     axes[0].set_yticks(range(len(names)), [INGREDIENTS[name][0].partition(",")[0] for name in names])

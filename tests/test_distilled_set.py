@@ -104,7 +104,7 @@ def test_tiles_must_fit(toy):
             du.tiled(images, labels, tiles=tiles)
     with pytest.raises(ValueError, match=r"tiles=3: give a number that divides .* \[4, 4\]"):
         du.DistilledSet(images, labels, tiles=3)
-    with pytest.raises(ValueError, match=r"labels: shape \[2, 3, 3\] .* and tiles=2; give \[2, 12\] and classes"):
+    with pytest.raises(ValueError, match=r"labels: shape \[2, 3, 3\] .* and tiles=2; give \[2, 12\] .*tiled"):
         du.DistilledSet(images, labels, tiles=2)
 
 
