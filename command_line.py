@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 import distill_utils as du
-from runs import process_rank, require, require_positive
+from checks import require, require_positive
+from runs import process_rank
 
 
 def options_of(function: Callable) -> list[inspect.Parameter]:

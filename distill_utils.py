@@ -1,8 +1,8 @@
 """Dataset distillation: learn a few images that train a network, by differentiating through its training.
 
 After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). The pieces stand in the
-order the data flows (settings, seeds, files, processes and checkpoints are in `runs`; `python -m distill_utils --help`
-tells of the command line):
+order the data flows (what is asked of arguments is in `checks`; seeds, processes and checkpoints are in `runs`;
+`python -m distill_utils --help` tells of the command line):
 
     data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits, relabel
     networks        LeNet, Stack, fixed_initialization, one_of
@@ -46,35 +46,36 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from checks import (
+    check_class_size,
+    check_factory,
+    check_file,
+    check_images_and_labels,
+    check_network,
+    check_outer_loop,
+    check_pixels,
+    check_step_sizes,
+    check_tiles,
+    check_training,
+    check_weights,
+    require,
+    require_one_of,
+    require_positive,
+)
 from runs import (
     Checkpoint,
     atomic_write,
     average_over_processes,
+    chunks,
     mixed,
+    pick_device,
     process_rank,
     progress_bar,
-    require,
-    require_positive,
     seeded,
     stop_on_interrupt,
 )
 
 NetworkFactory = Callable[[], nn.Module]
-
-
-def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """`items` in order, up to `size` at a time."""
-    return (items[first : first + size] for first in range(0, len(items), size))
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes cuda where there is one, else mps, else cpu."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    choices = ", ".join(kind for kind in there if there[kind])
-    require(there.get(name.split(":")[0], False), f"name='{name}': not on this machine; give auto or one of {choices}")
-    return torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -112,35 +113,8 @@ def make_dataset(
     `validation` images are taken out of `train` by a fixed shuffle, the same in every run. Raises ValueError where
     shapes or ranges are off.
     """
-    for argument, (pixels, labels) in {"train": train, "test": test}.items():
-        require(
-            isinstance(pixels, Tensor) and isinstance(labels, Tensor),
-            f"{argument}: a pair of {type(pixels).__name__} and {type(labels).__name__}; give tensors",
-        )
-        require(
-            pixels.dim() == 4 and labels.dim() == 1 and len(pixels) == len(labels) > 0,
-            f"{argument}: pixels {list(pixels.shape)}, labels {list(labels.shape)}; give [n, c, h, w] and [n], n > 0",
-        )
-        low, high = float(pixels.min()), float(pixels.max())
-        require(0 <= low < high <= 1, f"{argument}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
+    check_pixels(train, test, validation)
     pixels, labels = train
-    classes = int(labels.max()) + 1
-    require(
-        labels.unique().tolist() == list(range(classes)),
-        f"train: labels {labels.unique().tolist()[:12]}; number the classes 0, 1, 2, ..., and have each in train",
-    )
-    require(
-        test[1].min() >= 0 and test[1].max() < classes,
-        f"test: labels {int(test[1].min())} to {int(test[1].max())}; give those of train, 0 to {classes - 1}",
-    )
-    require(
-        isinstance(validation, int) and 0 < validation < len(pixels),
-        f"validation={validation}: hold out at least 1, fewer than the {len(pixels)} training images, a whole number",
-    )
-    require(
-        test[0].shape[1:] == pixels.shape[1:],
-        f"test: images {list(test[0].shape[1:])}; give the size of train's, {list(pixels.shape[1:])}",
-    )
     mean, std = float(pixels.float().mean()), float(pixels.float().std())
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
 
@@ -149,7 +123,7 @@ def make_dataset(
 
     held_out, kept = order[:validation], order[validation:]
     train, validation = split(pixels[kept], labels[kept]), split(pixels[held_out], labels[held_out])
-    return Dataset(name, mean, std, train, validation, split(*test), classes)
+    return Dataset(name, mean, std, train, validation, split(*test), classes=int(labels.max()) + 1)
 
 
 TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "USPS", "SVHN")  # what load_torchvision knows
@@ -161,7 +135,8 @@ def load_torchvision(name: str, root: str | Path, *, device: torch.device | str)
     Images are made grey and 28×28 where they are not; one training image in twelve is held out for validation.
     Raises DatasetUnavailable, with the remedy, where the dataset is neither in `root` nor downloadable.
     """
-    require(name in TORCHVISION, f"name='{name}': give one of {', '.join(TORCHVISION)}")
+    require_one_of(TORCHVISION, name=name)
+    require(not Path(root).is_file(), f"root='{root}': is a file; give the folder that holds the data, or is to")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             source = getattr(torchvision.datasets, name)
@@ -245,27 +220,10 @@ class LeNet(nn.Sequential):
 
 def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Module:
     """A new network of the factory's, on `device`; raises ValueError where it is none or has frozen weights."""
-    require(
-        not isinstance(make_network, nn.Module),
-        f"make_network={type(make_network).__name__}(...): give the factory, {type(make_network).__name__}, "
-        "or for a known initialization fixed_initialization(...)",
-    )
+    check_factory(make_network)
     network = make_network().to(device)
-    frozen = [name for name, weight in network.named_parameters() if not weight.requires_grad]
-    require(
-        not frozen, f"make_network: {', '.join(frozen)} require no gradient; register what is not trained as buffers"
-    )
+    check_weights(network)
     return network
-
-
-def check_scores(network: nn.Module, images: Tensor, classes: int) -> None:
-    """Raises ValueError unless `network` turns images [1, c, h, w] into scores [1, classes]."""
-    wanted = f"images {list(images.shape)}; give a network that makes scores [1, {classes}] of them"
-    try:
-        shape = list(network(images).shape)
-    except RuntimeError as error:
-        raise ValueError(f"make_network: it fails ({error}) on {wanted}") from error
-    require(shape == [1, classes], f"make_network: it makes {shape} of {wanted}")
 
 
 class Stack(nn.Module):
@@ -343,16 +301,12 @@ def real_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 
 
     No image is drawn twice. Raises ValueError where a class has too few.
     """
-    wanted = steps * per_class
     generator = torch.Generator().manual_seed(seed)
-    columns = []  # one [wanted] tensor of rows of the training set for each class
+    columns = []  # one [steps × per_class] tensor of rows of the training set for each class
     for label in range(dataset.classes):
         rows = (dataset.train.labels == label).nonzero().flatten().cpu()
-        require(
-            0 < wanted <= len(rows),
-            f"steps={steps} × per_class={per_class} asks for {wanted} images of class {label}, which has {len(rows)}",
-        )
-        columns.append(rows[torch.randperm(len(rows), generator=generator)[:wanted]])
+        check_class_size(label, len(rows), steps=steps, per_class=per_class)
+        columns.append(rows[torch.randperm(len(rows), generator=generator)[: steps * per_class]])
     rows = torch.stack(columns, dim=-1).reshape(steps, per_class * dataset.classes)
     return dataset.train.images[rows], F.one_hot(dataset.train.labels[rows], dataset.classes).float()
 
@@ -376,11 +330,12 @@ def noise_start(
 def k_means_start(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """K-means centers of each class of the training images, and labels, as of `real_start`.
 
-    With one image of each class, they are the means of the classes.
+    With one image of each class, they are the means of the classes. Raises ValueError where a class has too few.
     """
     centers = []
     for label in range(dataset.classes):
         images = dataset.train.images[dataset.train.labels == label].flatten(1).cpu()
+        check_class_size(label, len(images), steps=steps, per_class=per_class)
         clusters = sklearn.cluster.KMeans(steps * per_class, n_init=1, random_state=seed).fit(images.numpy())
         centers.append(torch.from_numpy(clusters.cluster_centers_))  # [steps × per_class, c × h × w]
     images = torch.stack(centers, dim=1).unflatten(-1, dataset.train.images.shape[1:])
@@ -403,14 +358,6 @@ def tiled(images: Tensor, labels: Tensor, *, tiles: int) -> tuple[Tensor, Tensor
     small = F.interpolate(images.flatten(0, 1), size=size, mode="bilinear", antialias=True)
     grid = small.unflatten(0, (steps, -1, tiles, tiles))  # [steps, n / tiles², rows, columns, c, h / tiles, w / tiles]
     return grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(steps, -1, *images.shape[2:]), labels
-
-
-def check_tiles(size: Sequence[int], tiles: int) -> None:
-    """Raises ValueError unless images of `size`, height and width, can be cut into tiles × tiles."""
-    require(
-        tiles >= 1 and all(length % tiles == 0 for length in size),
-        f"tiles={tiles}: give a number that divides the images' height and width, {list(size)}",
-    )
 
 
 class DistilledSet(nn.Module):
@@ -448,36 +395,14 @@ class DistilledSet(nn.Module):
         tiles: int = 1,
     ) -> None:
         super().__init__()
-        require(images.dim() == 5 and len(images) > 0, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]")
-        check_tiles(images.shape[-2:], tiles)
-        decoded = [len(images), images.shape[1] * tiles**2]
-        require(
-            labels.dim() == 3 and list(labels.shape[:2]) == decoded,
-            f"labels: shape {list(labels.shape)} with images {list(images.shape)} and tiles={tiles}; give "
-            f"{decoded} and classes, for integer labels F.one_hot(labels, classes)"
-            + (f"; tiled(images, labels, tiles={tiles}) makes them fit" if tiles > 1 else ""),
-        )
+        check_images_and_labels(images, labels, tiles=tiles)
+        check_training(epochs=epochs, label_smoothing=label_smoothing, optimizer=optimizer, momentum=momentum)
         labels = labels.to(images)
-        require(
-            bool((labels >= 0).all()) and torch.allclose(labels.sum(-1), torch.ones_like(labels[..., 0]), atol=1e-4),
-            "labels: give probabilities, which are at least 0 and add up to 1 for each image",
-        )
-        require(epochs >= 1, f"epochs={epochs}: give at least 1")
-        require(0 < label_smoothing <= 1, f"label_smoothing={label_smoothing}: give more than 0 and at most 1")
-        require(0 <= momentum < 1, f"momentum={momentum}: give at least 0 and less than 1")
-        require(optimizer in ("SGD", "Adam"), f"optimizer='{optimizer}': give SGD or Adam")
-        require(optimizer == "SGD" or momentum == 0, f"momentum={momentum}: is SGD's; Adam has moments of its own")
         self.steps, self.epochs, self.tiles = len(images), epochs, tiles
         self.optimizer, self.momentum = optimizer, momentum
         learned = self.steps if share_step_sizes else self.updates
+        check_step_sizes(step_size, count=learned)
         step_sizes = torch.as_tensor(step_size, dtype=images.dtype, device=images.device)
-        require(
-            step_sizes.dim() == 0 or step_sizes.shape == (learned,),
-            f"step_size: shape {list(step_sizes.shape)}; give one number or [{learned}]",
-        )
-        require(
-            bool((step_sizes > 0).all() & step_sizes.isfinite().all()), f"step_size={step_size}: give positive numbers"
-        )
         self.images = nn.Parameter(images.clone())
         # The inverse of softplus, log(exp(s) - 1), in the form that does not overflow for a large s.
         self.raw_step_sizes = nn.Parameter((step_sizes + (-torch.expm1(-step_sizes)).log()).expand(learned).clone())
@@ -549,7 +474,7 @@ class DistilledSet(nn.Module):
         }
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_write(path) as partial:
-            safetensors.torch.save_file(tensors, partial, metadata)
+            partial.write_bytes(safetensors.torch.save(tensors, metadata))  # save_file's own mode would be 0600
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> DistilledSet:
@@ -562,16 +487,7 @@ class DistilledSet(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except safetensors.SafetensorError as error:
             raise ValueError(f"path='{path}': not a whole safetensors file ({error}); copy it again") from error
-        for kind, wanted, found in (
-            ("tensors", {"images", "labels", "step_sizes"}, tensors),
-            ("metadata", {"epochs", "inner_optimizer", "momentum"}, metadata),
-        ):
-            missing = sorted(wanted - set(found))
-            require(
-                not missing, f"path='{path}': no {kind} named {', '.join(missing)}; write it with DistilledSet.save"
-            )
-        for name, tensor in tensors.items():
-            require(bool(tensor.isfinite().all()), f"path='{path}': '{name}' holds values that are not finite")
+        check_file(path, tensors, metadata)
         try:
             return cls(
                 tensors["images"],
@@ -822,17 +738,7 @@ def distill(
         "validate_every": validate_every, "validation_networks": validation_networks, "window": window, "pool": pool,
         "stack": stack if pool else None, "seed": seed,
     }  # fmt: skip
-    require(seed >= 0, f"seed={seed}: give at least 0")
-    require(step_size_learning_rate >= 0, f"step_size_learning_rate={step_size_learning_rate}: give at least 0")
-    require_positive(**{**settings, "segment": segment, "stack": stack, "seed": None, "step_size_learning_rate": None})
-    require(
-        window is None or window <= distilled.updates,
-        f"window={window}: give at most the {distilled.updates} updates of the distilled set",
-    )
-    require(
-        pool is None or (window is not None and distilled.updates % window == 0),
-        f"pool={pool} with window={window}: give a window that divides the {distilled.updates} updates",
-    )
+    check_outer_loop(settings, updates=distilled.updates, segment=segment, stack=stack)
     optimizer = outer_optimizer(distilled, learning_rate, step_size_learning_rate)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     history = History()
@@ -1029,7 +935,7 @@ def evaluate(
     with seeded(seed):
         for part in chunks(range(networks), stack or stack_size(device)):
             drawn = [fresh_network(make_network, device) for _ in part]
-            check_scores(drawn[0], split.images[:1], distilled.labels.shape[-1])
+            check_network(drawn[0], split.images[:1], distilled.labels.shape[-1])
             values.append(accuracy(unroll(side_by_side(drawn), distilled, track_higher_grads=False), split))
     return Accuracies(torch.cat([value.flatten().cpu() for value in values]))
 

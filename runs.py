@@ -1,4 +1,4 @@
-"""What a run needs whatever it computes: checked settings, seeds, whole files, processes, checkpoints, a calm Ctrl-C.
+"""What a run needs whatever it computes: a device, seeds, whole files, processes, checkpoints, a calm Ctrl-C.
 
 `distill_utils` is built on this; nothing here knows of images or networks.
 """
@@ -12,7 +12,7 @@ import pickle
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,22 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
+from checks import require
 
 
-def require_positive(**settings: float | str | None) -> None:
-    """Raises ValueError for a number that is not above 0, or not whole where it counts something."""
-    for name, value in settings.items():
-        if isinstance(value, (int, float)):
-            require(value > 0, f"{name}={value}: give more than 0")
-            require(isinstance(value, int) or name.endswith("rate"), f"{name}={value}: give a whole number")
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    """`items` in order, up to `size` at a time."""
+    return (items[first : first + size] for first in range(0, len(items), size))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes cuda where there is one, else mps, else cpu."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    choices = ", ".join(kind for kind in there if there[kind])
+    require(there.get(name.split(":")[0], False), f"name='{name}': not on this machine; give auto or one of {choices}")
+    return torch.device(name)
 
 
 @contextlib.contextmanager

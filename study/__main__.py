@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distill_utils as du
-from runs import require, require_positive
+from checks import require, require_positive
 from study.beyond import BEYOND
 from study.beyond_report import report_beyond
 from study.experiments import EXPERIMENTS, Study

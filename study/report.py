@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 import distill_utils as du
-from runs import atomic_write, markdown_table, require
+from checks import require
+from runs import atomic_write, markdown_table
 from study.experiments import ATTACKS, INITIALIZATIONS, LEARNED_ON, SWEEPS, sweep_name
 
 

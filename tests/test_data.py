@@ -60,6 +60,12 @@ def test_a_dataset_that_cannot_be_had_says_how_to_get_it(tmp_path, monkeypatch):
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_in_place_of_the_data_folder_is_named(tmp_path):
+    (tmp_path / "data").touch()
+    with pytest.raises(ValueError, match=r"root='.*data': is a file; give the folder"):
+        du.load_mnist(tmp_path / "data", device="cpu")
+
+
 def fake_source(data, labels: dict):
     """A class like torchvision's, which holds 24 images `data` and whose labels are called as in `labels`."""
 

@@ -37,9 +37,10 @@ def test_noise_start_is_normal_and_repeatable(toy, std):
     assert torch.equal(labels[:5], du.real_start(toy, steps=5, per_class=2)[1])
 
 
-def test_start_asks_for_no_more_than_there_is(toy):
+@pytest.mark.parametrize("start", [du.real_start, du.k_means_start])
+def test_start_asks_for_no_more_than_there_is(toy, start):
     with pytest.raises(ValueError, match=r"steps=99 × per_class=1 asks for 99 images of class 0, which has"):
-        du.real_start(toy, steps=99)
+        start(toy, steps=99)
 
 
 @pytest.mark.parametrize("step_size", [1e-4, 0.02, 1.0, 200.0])
@@ -112,7 +113,7 @@ def test_tiles_must_fit(toy):
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs=0: give at least 1"),
-        ({"optimizer": "RMSprop"}, "optimizer='RMSprop': give SGD or Adam"),
+        ({"optimizer": "RMSprop"}, "optimizer='RMSprop': give one of SGD, Adam"),
         ({"optimizer": "Adam", "momentum": 0.5}, r"momentum=0\.5: is SGD's"),
         ({"label_smoothing": 0}, "label_smoothing=0: give more than 0"),
         ({"momentum": 1.0}, r"momentum=1\.0: give at least 0 and less than 1"),
@@ -191,6 +192,12 @@ def test_a_missing_file_and_a_missing_device_are_named(toy, tmp_path):
     save(make_set(toy), toy, tmp_path / "toy.safetensors")
     with pytest.raises(ValueError, match="'tpu': not on this machine; give auto or one of cpu"):
         du.DistilledSet.load(tmp_path / "toy.safetensors", device="tpu")
+
+
+def test_others_may_read_the_file_as_any_that_the_user_writes(toy, tmp_path):
+    save(make_set(toy), toy, tmp_path / "toy.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "toy.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def rewrite(path, *, drop=(), metadata_drop=(), **changes):

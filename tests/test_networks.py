@@ -1,5 +1,7 @@
 """Networks, their training and their evaluation."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +95,19 @@ def test_a_network_that_does_not_fit_is_refused_before_any_work(toy):
         du.distill(distilled, toy, lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), iterations=1, progress=False)
     with pytest.raises(ValueError, match=r"make_network: it fails \(.*\) on images \[1, 1, 4, 4\]"):
         du.evaluate(distilled, toy.test, du.LeNet, networks=1)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(1), nn.Dropout()])
+def test_a_network_that_works_otherwise_in_testing_is_refused_and_retrained_alone(toy, layer):
+    """Its accuracy would depend on the other images of a batch, or on chance."""
+    distilled = du.DistilledSet(*du.real_start(toy, steps=1))
+
+    def make_network():
+        return nn.Sequential(copy.deepcopy(layer), nn.Flatten(), nn.Linear(16, 3))
+
+    message = rf"make_network: {type(layer).__name__} in it works otherwise in training .* use retrain with stack=1"
+    with pytest.raises(ValueError, match=message):
+        du.distill(distilled, toy, make_network, iterations=1, progress=False)
+    with pytest.raises(ValueError, match=message):
+        du.evaluate(distilled, toy.test, make_network, networks=1)
+    assert du.retrain(distilled, toy.test, make_network, networks=1, step_size=0.1, stack=1).mean > 50
