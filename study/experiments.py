@@ -328,7 +328,7 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
         for seed in SEEDS
     },
     **{
-        f"known-10-seed{seed}": partial(known, steps=1, iterations=8000, step_size=0.15, std=0.3, seed=seed)
+        f"known-10-seed{seed}": partial(known, steps=1, iterations=16000, step_size=0.15, std=0.3, seed=seed)
         for seed in SEEDS
     },
     **{f"unknown-{start}-seed{seed}": partial(unknown, start=start, seed=seed)
