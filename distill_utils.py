@@ -858,7 +858,7 @@ class History:
         if self.iterations[-1:] == [len(self.loss)]:
             return
         self.iterations.append(len(self.loss))
-        self.accuracy.append(validated(distilled, dataset, make_network, networks=networks))
+        self.accuracy.append(round(validated(distilled, dataset, make_network, networks=networks), 2))
         self.images.append(distilled.images.detach().cpu().clone())
         self.step_sizes.append(distilled.step_sizes.detach().cpu())
 

@@ -24,6 +24,7 @@ FREE = {
 }  # fmt: skip
 MANY = {**FREE, "steps": 2, "window": 30, "batch_size": 512, "chiefly": "retrained"}
 TILED = {"tiles": 2, "steps": 10, "per_class": 4, "chiefly": "as distilled"}
+# What a name says: images, and in how many updates or for free retraining.
 RECIPES = {
     "best-100-in-30": {"steps": 10, "per_class": 1, "epochs": 3, "iterations": 4000, **ADAM, "inner": SOFT},
     "best-100-in-100": {"steps": 10, "per_class": 1, "epochs": 10, "iterations": 2000, **ADAM},
@@ -34,7 +35,10 @@ RECIPES = {
     "tiled-100-in-100": {**TILED, "epochs": 10, "iterations": 300, **ADAM},
     "tiled-10": {"tiles": 2, "steps": 2, "per_class": 2, "epochs": 25, "iterations": 600, "networks": 2, **ADAM},
     "tiled-100-free": {**MANY, "tiles": 2, "per_class": 20, "iterations": 700, "learning_rate": 0.03},
-}  # what a name says: images, and in how many updates or for free retraining
+    "tiled-500-free": {
+        **MANY, "tiles": 2, "steps": 10, "per_class": 20, "epochs": 60, "iterations": 400, "learning_rate": 0.02,
+    },
+}  # fmt: skip
 AUGMENTED = ("best-100-free",)  # whose accuracy is compared with figures that were augmented
 TRANSFERRED = {"architectures-10": "best-10", "architectures-100": "best-100-free"}  # what other networks are given
 

@@ -21,6 +21,7 @@ SHIPPED = {
     "mnist-100-in-30-updates-tiled": ("tiled-100-in-30", "as distilled"),
     "mnist-100-in-100-updates-tiled": ("tiled-100-in-100", "as distilled"),
     "mnist-100-tiled": ("tiled-100-free", "retrained"),
+    "mnist-500-tiled": ("tiled-500-free", "retrained"),
 }  # name: experiment, and the regime it was made for
 
 

@@ -15,7 +15,7 @@ import distill_utils as du
 ROOT = Path(__file__).parent.parent
 SMALL = {
     "KNOWN_ITERATIONS": 4, "UNKNOWN_ITERATIONS": 3, "OWN_ITERATIONS": 20, "TEST_NETWORKS": 2, "LIVE_NETWORKS": 2,
-    "FULL_EPOCHS": 0, "RECIPE_ITERATIONS": 2,
+    "FULL_EPOCHS": 0, "KNOWN_AGAIN_ITERATIONS": 2, "UNKNOWN_AGAIN_ITERATIONS": 2, "RECIPE_ITERATIONS": 2,
 }  # fmt: skip
 
 
