@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+import distill_utils as du
 from runs import atomic_write, markdown_table
 from study.architectures import ARCHITECTURES
 from study.beyond import AUGMENTED, RECIPES, TRANSFERRED, label_robust_score
@@ -180,7 +181,7 @@ def draw_ingredients(results: Path) -> Figure:
             if pair := with_and_without(name, company):
                 found, other = (Line("", each, "validation").result(results).values for each in pair)
                 gains = found - other
-                error = float(gains.std()) / len(gains) ** 0.5
+                error = du.Accuracies(gains).std / len(gains) ** 0.5
                 axis.barh(place, float(gains.mean()), xerr=error, capsize=3, color="C0")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel="gain in validation accuracy (points)")
