@@ -1,11 +1,11 @@
 """Dataset distillation: learn a few images that train a network, by differentiating through its training.
 
 After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). The pieces stand in the
-order the data flows (what is asked of arguments is in `checks`; seeds, processes and checkpoints are in `runs`;
-`python -m distill_utils --help` tells of the command line):
+order the data flows (what is asked of arguments is in `checks`; what saves time and memory, as the `Stack` of
+networks, in `performance`; seeds, processes and checkpoints in `runs`; the command line in `command_line`):
 
     data            Split, Dataset, make_dataset, load_mnist, load_torchvision, load_digits, relabel
-    networks        LeNet, Stack, fixed_initialization, one_of
+    networks        LeNet, fixed_initialization, one_of
     distilled set   real_start, noise_start, k_means_start, tiled, DistilledSet, load
     inner loop      inner_loop, unroll
     outer loop      outer_loss, distill, History
@@ -25,7 +25,6 @@ import contextlib
 import copy
 import functools
 import io
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,6 +61,7 @@ from checks import (
     require_one_of,
     require_positive,
 )
+from performance import Segment, in_parts, side_by_side, stack_size
 from runs import (
     Checkpoint,
     atomic_write,
@@ -224,60 +224,6 @@ def fresh_network(make_network: NetworkFactory, device: torch.device) -> nn.Modu
     network = make_network().to(device)
     check_weights(network)
     return network
-
-
-class Stack(nn.Module):
-    """Several networks of one architecture as one module: images [n, c, h, w] give scores [networks, n, classes].
-
-    Images [networks, n, c, h, w] give each network its own. Training a stack costs less than training its networks
-    one after the other: each operation is called once for all of them, on more numbers at a time. They may differ in
-    their parameters and buffers, and in nothing else.
-    """
-
-    ONE_BY_ONE = ("cpu",)  # devices that are faster at many images of one network than at some images of each
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        parameters, buffers = torch.func.stack_module_state(networks)
-        self.names = [*parameters, *buffers]
-        for name, parameter in parameters.items():
-            self.register_parameter(name.replace(".", "/"), nn.Parameter(parameter))
-        for name, buffer in buffers.items():
-            self.register_buffer(name.replace(".", "/"), buffer)
-        self.architecture = (networks[0],)  # a tuple, so that its weights do not count among our parameters
-
-    def forward(self, images: Tensor) -> Tensor:
-        def scores(images: Tensor, *state: Tensor) -> Tensor:
-            named = dict(zip(self.names, state, strict=True))
-            return torch.func.functional_call(self.architecture[0], named, (images,))
-
-        state = [*self.parameters(), *self.buffers()]  # [networks, ...] each
-        if images.dim() == 4:
-            return torch.vmap(scores, (None, *[0] * len(state)))(images, *state)
-        if images.device.type in self.ONE_BY_ONE:
-            return torch.stack([scores(*row) for row in zip(images, *state, strict=True)])
-        return torch.vmap(scores)(images, *state)
-
-
-def side_by_side(networks: Sequence[nn.Module]) -> nn.Module:
-    """The networks as one module; a single one stays as it is, as a stack of one would only be slower."""
-    return Stack(networks) if len(networks) > 1 else networks[0]
-
-
-def in_parts(network: nn.Module, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of `split` in parts of the size that `network`, or a `Stack`, goes through fastest.
-
-    Larger ones fall out of a CPU's cache.
-    """
-    shared = isinstance(network, Stack) and split.images.dim() == 4
-    networks = next(network.parameters()).shape[0] if shared else 1
-    size = max(1, (800 if split.images.device.type == "cpu" else 20_000) // networks)
-    return zip(split.images.split(size, dim=-4), split.labels.split(size, dim=-1), strict=True)
-
-
-def stack_size(device: torch.device) -> int:
-    """How many networks to train at once: on a CPU, more would gain nothing (see benchmarks/results.md)."""
-    return 8 if device.type == "cpu" else 64
 
 
 def fixed_initialization(make_network: NetworkFactory, *, seed: int) -> NetworkFactory:
@@ -605,36 +551,6 @@ def unroll(
     return trained
 
 
-class Segment(torch.autograd.Function):
-    """Some updates of the inner loop, of which only the start is kept: they run again when their gradient is due."""
-
-    @classmethod
-    def train(cls, train: Callable, start: list[Tensor], updates: list[Update]) -> list[Tensor]:
-        """Where `train`, an inner loop, ends."""
-
-        def run(inputs: Sequence[Tensor], track_higher_grads: bool) -> list[Tensor]:
-            state, rest = inputs[: len(start)], inputs[len(start) :]
-            updates = zip(rest[::3], rest[1::3], rest[2::3], strict=True)
-            return train(state, updates, track_higher_grads=track_higher_grads)[1]
-
-        return list(cls.apply(run, *start, *itertools.chain(*updates)))
-
-    @staticmethod
-    def forward(ctx, run: Callable, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.run = run
-        ctx.save_for_backward(*inputs)
-        with torch.enable_grad():  # training takes gradients, even where none are kept
-            ends = run([tensor.detach().requires_grad_() for tensor in inputs], False)
-        return tuple(end.detach() for end in ends)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        with torch.enable_grad():
-            ends = ctx.run(inputs, True)
-        return None, *torch.autograd.grad(ends, inputs, gradients, allow_unused=True)
-
-
 # ---------------------------------------------------------------------------------------- outer loop
 
 
@@ -646,7 +562,7 @@ def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split, **optio
     """
     trained = unroll(network, distilled, **options)
     loss = 0
-    for images, labels in in_parts(trained, real):
+    for images, labels in in_parts(trained, *real):
         scores = trained(images)  # [n, classes], or [networks, n, classes]
         part = F.cross_entropy(scores.flatten(0, -2), labels.expand(scores.shape[:-1]).flatten())
         loss = loss + part * labels.shape[-1] / real.labels.shape[-1]
@@ -913,7 +829,7 @@ class Accuracies:
 @torch.no_grad()
 def accuracy(network: nn.Module, split: Split) -> Tensor:
     """The percentage [] of `split` that `network` classifies as labelled, or [networks] of a `Stack`."""
-    right = sum((network(images).argmax(-1) == labels).sum(-1) for images, labels in in_parts(network, split))
+    right = sum((network(images).argmax(-1) == labels).sum(-1) for images, labels in in_parts(network, *split))
     return 100 * right / split.labels.shape[-1]
 
 

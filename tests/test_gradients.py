@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import distill_utils as du
+import performance
 
 SGD, MOMENTUM, ADAM = {"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "Adam"}  # inner loops
 
@@ -167,7 +168,7 @@ def test_a_stack_has_the_gradient_of_networks_one_by_one(
     toy, smooth, make_network, stack, options, one_by_one, monkeypatch
 ):
     """However three networks are stacked, the gradient is the mean of three separate ones'; also as on a GPU."""
-    monkeypatch.setattr(du.Stack, "ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(performance.Stack, "ONE_BY_ONE", one_by_one)
     distilled, real = make_problem(toy, momentum=0.5, learn_labels=True)
     make_network = smooth if make_network == "smooth" else make_network
     draws = [
@@ -286,4 +287,4 @@ def test_a_stack_shares_real_images_or_has_its_own(toy, smooth):
     alone = sum(du.outer_loss(network, distilled, real) for network in networks) / 3
     own = du.Split(*(torch.stack([part] * 3) for part in real))
     for given in (real, own):
-        torch.testing.assert_close(du.outer_loss(du.Stack(networks), distilled, given), alone)
+        torch.testing.assert_close(du.outer_loss(performance.Stack(networks), distilled, given), alone)
