@@ -40,7 +40,11 @@ RECIPES = {
     },
 }  # fmt: skip
 AUGMENTED = ("best-100-free",)  # whose accuracy is compared with figures that were augmented
-TRANSFERRED = {"architectures-10": "best-10", "architectures-100": "best-100-free"}  # what other networks are given
+TRANSFERRED = {  # what other networks are given
+    "architectures-10": "best-10",
+    "architectures-100": "best-100-free",
+    "architectures-100-tiled": "tiled-100-free",
+}
 
 
 def best(
@@ -82,9 +86,10 @@ def best(
 
 def architectures(study: Study, *, name: str) -> None:
     """A set distilled for LeNet, and random real images, retrained freely on by networks of other kinds."""
-    mnist, networks = study.mnist, max(1, study.networks // 200)
+    mnist, networks = study.mnist, max(1, study.networks // 100)
     distilled = du.DistilledSet.load(study.results / f"{name}-images.safetensors", device=study.device)
-    real = under(distilled, *du.real_start(mnist, steps=distilled.steps, per_class=RECIPES[name]["per_class"]))
+    start = du.real_start(mnist, steps=distilled.steps, per_class=RECIPES[name]["per_class"])
+    real = under(distilled, *du.tiled(*start, tiles=distilled.tiles))
     for architecture, make_network in ARCHITECTURES.items():
         for title, images in (("distilled", distilled), ("random real images", real)):
             result = du.retrain(images, mnist.test, make_network, networks=networks, stack=1)

@@ -19,19 +19,19 @@ from study.ship import SHIPPED
 
 WANG, CONDENSATION = "79.5 ± 8.1 (Wang et al.), 82.7 ± 2.8 (soft labels)", "93.9 ± 0.6 (gradient matching, augmented)"
 BEST = (
-    Line("100 images, 30 updates", "best-100-in-30", "as distilled", WANG, aim="85"),
-    Line("100 images of 4 tiles, 30 updates", "tiled-100-in-30", "as distilled", WANG, aim="85"),
-    Line("100 images, 100 updates", "best-100-in-100", "as distilled", aim="93"),
-    Line("100 images of 4 tiles, 100 updates", "tiled-100-in-100", "as distilled", aim="93"),
-    Line("100 images, free retraining", "best-100-free", "retrained", CONDENSATION, aim="94"),
+    Line("100 images, 30 updates", "best-100-in-30", "as distilled", WANG, least="85", aim="90"),
+    Line("100 images of 4 tiles, 30 updates", "tiled-100-in-30", "as distilled", WANG, least="85", aim="90"),
+    Line("100 images, 100 updates", "best-100-in-100", "as distilled", least="93", aim="97"),
+    Line("100 images of 4 tiles, 100 updates", "tiled-100-in-100", "as distilled", least="93", aim="97"),
+    Line("100 images, free retraining", "best-100-free", "retrained", CONDENSATION, least="94", aim="97"),
     Line("the same set, on ten augmented copies of each image", "augmented", "best-100-free, distilled", CONDENSATION),
-    Line("100 images of 4 tiles, free retraining", "tiled-100-free", "retrained", CONDENSATION, aim="94"),
-    Line("10 images, 50 updates", "best-10", "as distilled", aim="85"),
+    Line("100 images of 4 tiles, free retraining", "tiled-100-free", "retrained", CONDENSATION, least="94", aim="97"),
+    Line("10 images, 50 updates", "best-10", "as distilled", least="85", aim="93"),
     Line("the same set, free retraining", "best-10", "retrained"),
-    Line("10 images of 4 tiles, 50 updates", "tiled-10", "as distilled", aim="85"),
+    Line("10 images of 4 tiles, 50 updates", "tiled-10", "as distilled", least="85", aim="93"),
     Line("the same set, free retraining", "tiled-10", "retrained"),
-    Line("500 images, free retraining", "best-500-free", "retrained", aim="96"),
-    Line("500 images of 4 tiles, free retraining", "tiled-500-free", "retrained", aim="96"),
+    Line("500 images, free retraining", "best-500-free", "retrained", least="96", aim="98"),
+    Line("500 images of 4 tiles, free retraining", "tiled-500-free", "retrained", least="96", aim="98"),
     Line("all real images, ordinary training", "whole-set", "ordinary"),
 )
 IN_SHORT = (
@@ -63,8 +63,8 @@ def best(results: Path) -> str:
         seconds = json.loads((results / f"{line.experiment}.json").read_text())["seconds"]
         behind, minutes = what_is_behind(line.sets(results)), f"{seconds / 60:.0f}"
         made = [line.title, SETS.get(line.experiment, "")]
-        rows.append([*made, line.reported, line.aim, line.result(results), behind, minutes])
-    head = ["LeNet, unknown initializations", "set", "as reported (%)", "aim", "here", "tested on"]
+        rows.append([*made, line.reported, line.least, line.aim, line.result(results), behind, minutes])
+    head = ["LeNet, unknown initializations", "set", "as reported (%)", "at least", "aim", "here", "tested on"]
     return markdown_table([*head, "minutes"], rows)
 
 

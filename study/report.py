@@ -28,7 +28,8 @@ class Line:
     row: str  # how the row's name begins
     reported: str = ""  # by Wang et al. 2018; for other data in brackets
     why: str = ""  # what is different here
-    aim: str = ""  # of this project, in percent
+    least: str = ""  # what this project asks of it, in percent
+    aim: str = ""  # and what it hopes for
 
     def sets(self, results: Path) -> list[list[float]]:
         """The accuracies of the networks of each set of images; raises ValueError where there are none."""
