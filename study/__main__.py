@@ -1,121 +1,182 @@
-"""The paper's whole MNIST study, every experiment that needs no GPU, beside its figures; and what lies beyond it.
+"""Runs the experiments that the stored results do not hold yet, and then writes their tables and figures.
 
-    make study                                     all that results/ does not hold yet, two experiments at a time
-    python -m study beyond                         the same for the experiments that go further than the paper
-    python -m study --only attack                  one experiment, or several
-    python -m study --fraction 0.01 --networks 2 --results glance         a glance at all of it, in some minutes
+    python -m study                      everything that is missing, two experiments at a time
+    python -m study ablation             one part of it: paper, ablation or best
+    python -m study paper --only attack  one experiment, or several
+    python -m study --fraction 0.01 --networks 2 --results out/glance    a quick look at all of it
 
-Each experiment writes one JSON file, with the accuracy of every network it tested, and its distilled sets. What is
-there is not run again; an interrupted distillation goes on from its checkpoint.
+An interrupted experiment continues from its checkpoints when the same command runs again.
 """
 
-import argparse
-import json
+from __future__ import annotations
+
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
 
 import distill_utils as du
-from checks import require, require_positive
-from study.beyond import BEYOND
-from study.beyond_report import report_beyond
-from study.experiments import EXPERIMENTS, Study
-from study.report import pooled, report
+from study import ablation, best_sets, paper, report
+from study.records import RESULTS, Results, Study
 
-PARTS = {"paper": (EXPERIMENTS, report, "summary.md"), "beyond": (BEYOND, report_beyond, "beyond.md")}
+PARTS = {"paper": paper.EXPERIMENTS, "ablation": ablation.EXPERIMENTS, "best": best_sets.EXPERIMENTS}
+NEEDS = {**paper.NEEDS, **best_sets.NEEDS}
+ERRORS = (ValueError, FloatingPointError, OSError)
+Job = tuple[str, str]  # a part, and the name of an experiment
 
 
-def run(names: list[str], arguments: argparse.Namespace) -> None:
-    """Runs experiments one after the other, in this process."""
-    for name in names:
-        start = time.perf_counter()
-        experiment = Study(
-            name, arguments.results, du.pick_device(arguments.device), arguments.data_root, arguments.fraction,
-            arguments.networks,
+@dataclass(frozen=True)
+class Options:
+    """Options of the command line.
+
+    Args:
+        part: which part of the study.
+        only: experiments by their names, to run no others.
+        results: the folder of the results; experiments that it holds are not run again.
+        device: auto, cpu, cuda or mps.
+        data_root: the folder of MNIST.
+        workers: experiments at a time, each in a process of its own.
+        fraction: of the iterations.
+        networks: fresh networks behind an accuracy.
+        report: write all tables and figures again, and the cards of the sets in distilled/.
+    """
+
+    part: tyro.conf.Positional[Literal["all", "paper", "ablation", "best"]] = "all"
+    only: tuple[str, ...] = ()
+    results: Path = RESULTS
+    device: str = "auto"
+    data_root: str = field(default_factory=lambda: os.environ.get("DATA_ROOT", "data"))
+    workers: int = 2
+    fraction: float = 1.0
+    networks: int = 200
+    report: bool = False
+
+    def __post_init__(self) -> None:
+        du.require(0 < self.fraction <= 1, f"--fraction {self.fraction}: give more than 0 and at most 1")
+        du.require_counts(networks=self.networks, workers=self.workers)
+        du.pick_device(self.device)
+        names = [name for part in self.parts for name in PARTS[part]]
+        for name in self.only:
+            du.require(name in names, f"--only {name}: give one of {', '.join(names)}")
+
+    @property
+    def parts(self) -> list[str]:
+        return [part for part in PARTS if self.part in ("all", part)]
+
+    @property
+    def stored(self) -> bool:
+        """Whether the results are those of the repository."""
+        return self.results.resolve() == RESULTS.resolve()
+
+    def find_missing(self) -> list[Job]:
+        """The experiments without results. Raises ValueError where there are results of other settings."""
+        missing = []
+        for part in self.parts:
+            runs = Results(self.results / part).runs.set_index("experiment")
+            for name in self.only or PARTS[part]:
+                if name not in runs.index and name in PARTS[part]:
+                    missing.append((part, name))
+                for setting in ("fraction", "networks") if name in runs.index else ():
+                    there, given = runs.loc[name, setting], getattr(self, setting)
+                    remedy = f"{name} in {self.results / part} has {there:g}; name another folder with --results"
+                    du.require(there == given, f"--{setting} {given:g}: {remedy}")
+        return missing
+
+    def run(self, job: Job) -> None:
+        """Runs one experiment in this process and prints its accuracies."""
+        part, name = job
+        out = Path(du.__file__).with_name("out") / "study" if self.stored else self.results
+        study = Study(
+            name, part, self.results, out / "checkpoints", du.pick_device(self.device), self.data_root, self.fraction,
+            self.networks,
         )  # fmt: skip
-        try:
-            {**EXPERIMENTS, **BEYOND}[name](experiment)
-        except BaseException:
-            experiment.keep_time(time.perf_counter() - start)
-            raise
-        experiment.write(time.perf_counter() - start)
-        for row, found in experiment.rows.items():
-            print(f"{name}: {row}: {pooled(found['values'])}", flush=True)
+        study.run(PARTS[part][name])
+        results = Results(study.folder)
+        for row in dict.fromkeys(line["row"] for line in study.lines["accuracies"]):
+            print(f"{name}: {row}: {results.pooled(name, row)}", flush=True)
 
 
-def run_side_by_side(names: list[str], arguments: argparse.Namespace) -> None:
-    """Runs each experiment in a process of its own, `workers` at a time; ends with the first error."""
-    options = [f"--{option}={getattr(arguments, option.replace('-', '_'))}"
-               for option in ("results", "device", "data-root", "fraction", "networks")]  # fmt: skip
-    threads = str(max(1, os.cpu_count() // arguments.workers))
-
-    def start(name: str) -> None:
-        command = [sys.executable, "-m", "study", arguments.part, "--only", name, *options]
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": threads}, check=True)
-
-    with ThreadPoolExecutor(arguments.workers) as pool:
-        try:
-            list(pool.map(start, names))
-        except (KeyboardInterrupt, subprocess.CalledProcessError):
-            pool.shutdown(cancel_futures=True)  # waits for those at work, which end by themselves
-            sys.exit("the study is not whole; the same command goes on with it")
-
-
-def study(arguments: argparse.Namespace) -> None:
-    """Runs what is missing, and reports once nothing is."""
-    du.pick_device(arguments.device)
-    require(0 < arguments.fraction <= 1, f"--fraction={arguments.fraction}: give more than 0 and at most 1")
-    require_positive(networks=arguments.networks, workers=arguments.workers)
-    experiments, write_report, written = PARTS[arguments.part]
-    names = [name for name in arguments.only or experiments if not is_there(name, arguments)]
-    if len(names) > 1 and arguments.workers > 1:
-        run_side_by_side(names, arguments)
-    else:
-        run(names, arguments)
-    missing = [name for name in experiments if not is_there(name, arguments)]
-    if not missing and (names or not (arguments.results / written).exists()):
-        write_report(arguments.results)
-
-
-def is_there(name: str, arguments: argparse.Namespace) -> bool:
-    """Whether an experiment's result is; raises ValueError where it came of other options."""
-    path = arguments.results / f"{name}.json"
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    for option in ("fraction", "networks"):
-        given = getattr(arguments, option)
-        require(
-            record[option] == given,
-            f"--{option}={given}: {path} has {option} {record[option]}; name another folder with --results",
-        )
-    return True
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", nargs="?", choices=PARTS, default="paper", help="which experiments; the paper's")
-    names = [*EXPERIMENTS, *BEYOND]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--results", type=Path, default="results", help="the folder that the results go to")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"), help="where MNIST lies")
-    parser.add_argument("--workers", type=int, default=2, help="experiments at a time")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the iterations; 0.01 for a glance")
-    parser.add_argument("--networks", type=int, default=200, help="fresh networks behind an accuracy")
-    arguments = parser.parse_args()
+def run_worker(job: Job, options: Options) -> None:
+    """Runs one experiment in a process of its own, which SIGTERM interrupts calmly."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C in the terminal reaches the parent alone
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // options.workers)))
     try:
-        study(arguments)
-    except (ValueError, FloatingPointError, du.DatasetUnavailable) as error:
+        options.run(job)
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except ERRORS as error:
+        sys.exit(f"error: {job[1]}: {error}")
+
+
+def run_side_by_side(jobs: list[Job], options: Options) -> None:
+    """Runs experiments in processes, `options.workers` at a time; an interrupt or an error stops them all."""
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    waiting, running = list(jobs), {}
+    try:
+        while waiting or running:
+            unfinished = {name for _, name in [*waiting, *running]}
+            ready = [job for job in waiting if NEEDS.get(job[1]) not in unfinished]
+            for job in ready[: options.workers - len(running)]:
+                waiting.remove(job)
+                running[job] = context.Process(target=run_worker, args=(job, options))
+                interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited while the process starts
+                running[job].start()
+                signal.signal(signal.SIGINT, interrupt)
+            time.sleep(0.1)
+            for job in [job for job, process in running.items() if not process.is_alive()]:
+                failed = running.pop(job).exitcode != 0
+                du.require(not failed, f"{job[1]} has failed; the same command continues with what is missing")
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+
+
+def main(options: Options) -> None:
+    """Runs what is missing, and writes the reports of what has changed."""
+    jobs = options.find_missing()
+    if jobs:
+        du.load_mnist(options.data_root, device="cpu")  # downloads it once, or fails before any process starts
+    else:
+        print(f"{options.results} holds all these experiments")
+    if len(jobs) > 1 and options.workers > 1:
+        run_side_by_side(jobs, options)
+    else:
+        for job in jobs:
+            options.run(job)
+    for part in options.parts:
+        results = Results(options.results / part)
+        changed = part in dict(jobs) or not (results.folder / "summary.md").exists()
+        whole = set(PARTS[part]) <= set(results.runs.experiment)
+        if options.report or (changed and whole):
+            report.write_report(part, results)
+    if options.report and options.stored:
+        report.write_cards(Path(du.__file__).with_name("distilled"), Results(RESULTS / "best"))
+
+
+def run_command_line() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C
+    try:
+        main(tyro.cli(Options, prog="python -m study", description=__doc__))
+    except ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on with it")
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    from study import __main__ as importable  # new processes find `run_worker` in this module by its full name
+
+    importable.run_command_line()

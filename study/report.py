@@ -1,192 +1,56 @@
-"""What the stored results say: the table beside the paper's figures, and two figures of our own."""
+"""Tables, figures and cards: every accuracy in them is computed from the tables of results."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
+import pandas as pd
+import safetensors
 from matplotlib.figure import Figure
 
 import distill_utils as du
-from checks import require
-from runs import atomic_write, markdown_table
-from study.experiments import ATTACKS, INITIALIZATIONS, LEARNED_ON, SWEEPS, sweep_name
+from study import running
+from study.ablation import EXPERIMENTS as ABLATION
+from study.ablation import LEFT_OUT, TECHNIQUES
+from study.best_sets import AUGMENTED, CONTROLS, RECIPES, SCHEDULED, TRANSFERRED, protocol
+from study.controls import UNDISTILLED
+from study.evaluation import ARCHITECTURES, label_robust_score
+from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
+from study.records import RESULTS, Results
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of the summary: a row of one experiment, or of its three seeds, beside the paper's figure."""
-
-    title: str
-    experiment: str  # the name, up to "-seed" where there are several seeds
-    row: str  # how the row's name begins
-    reported: str = ""  # by Wang et al. 2018; for other data in brackets
-    why: str = ""  # what is different here
-    least: str = ""  # what this project asks of it, in percent
-    aim: str = ""  # and what it hopes for
-
-    def sets(self, results: Path) -> list[list[float]]:
-        """The accuracies of the networks of each set of images; raises ValueError where there are none."""
-        found = []
-        for path in sorted([*results.glob(f"{self.experiment}.json"), *results.glob(f"{self.experiment}-seed?.json")]):
-            rows = json.loads(path.read_text())["rows"]
-            found += [values for name, row in rows.items() if name.startswith(self.row) for values in row["values"]]
-        require(len(found) > 0, f"results={results}: no '{self.row}' of '{self.experiment}'; run make study")
-        return found
-
-    def result(self, results: Path) -> du.Accuracies:
-        """All those accuracies."""
-        return pooled(self.sets(results))
+def markdown_table(head: list[str], rows: list[list]) -> str:
+    """Column names and rows as a table in Markdown, without the columns that are empty throughout."""
+    filled = [any(str(row[place]) for row in rows) for place in range(len(head))]
+    lines = [list(itertools.compress(line, filled)) for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-OUTER = "outer rate of 0.03 falling to 0, clipped gradients"
-CONSTANT = "one constant step size, thirty updates"
-LONGER = "as above, trained on for longer"
-LINES = (
-    Line(
-        "known initialization, 10 images, 1 step × 3 epochs",
-        "known-10",
-        "known",
-        "93.8",
-        "mean of three initializations, there one",
-    ),
-    Line(
-        "known initialization, 100 images, 10 × 3",
-        "known-100",
-        "known",
-        "96.6",
-        "mean of three initializations, there one",
-    ),
-    Line("unknown initializations, 100 images, 10 × 3, from noise", "unknown-noise", "unknown", "79.5 ± 8.1", OUTER),
-    Line("unknown initializations, 100 images, 10 × 3, from real images", "unknown-real", "unknown", "", OUTER),
-    Line("baseline: random real images", "baselines", "random", "68.6 ± 9.8", CONSTANT),
-    Line(
-        "baseline: best of many random draws",
-        "baselines",
-        "best of",
-        "73.0 ± 7.6",
-        "the one draw that validates best; " + CONSTANT,
-    ),
-    Line("baseline: k-means centers", "baselines", "k-means", "76.4 ± 9.5", CONSTANT),
-    Line("baseline: class means", "baselines", "class means", "77.1 ± 2.7", "ten images; " + CONSTANT),
-    Line("random real images, 100 updates", "longer-baselines", "random", why=LONGER),
-    Line("k-means centers, 100 updates", "longer-baselines", "k-means", why=LONGER),
-    Line("class means, 100 updates", "longer-baselines", "class means", why=LONGER),
-    Line("nearest neighbours, random real images", "nearest-neighbours", "random", "71.5 ± 2.1", "twenty draws"),
-    Line("nearest neighbours, k-means centers", "nearest-neighbours", "k-means", "92.2 ± 0.1", "five clusterings"),
-    Line("10 images for a known initialization, on unknown ones", "known-10", "on unknown"),
-    Line("100 images for a known initialization, on unknown ones", "known-100", "on unknown"),
-    Line(
-        "digits → MNIST: no adaptation",
-        "adapt-digits-to-mnist",
-        "no adaptation",
-        "(USPS) 67.5 ± 3.9",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "digits → MNIST: random real images",
-        "adapt-digits-to-mnist",
-        "random",
-        "(USPS) 87.1 ± 2.9",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "digits → MNIST: distilled, unknown networks",
-        "adapt-digits-to-mnist",
-        "distilled, u",
-        "(USPS) 92.7 ± 1.4",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "digits → MNIST: distilled, known network",
-        "adapt-digits-to-mnist",
-        "distilled, k",
-        "(USPS) 93.2",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "digits → MNIST: all real images",
-        "adapt-digits-to-mnist",
-        "all",
-        "(USPS) 98.6 ± 0.5",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "MNIST → digits: no adaptation",
-        "adapt-mnist-to-digits",
-        "no adaptation",
-        "(USPS) 90.4 ± 3.0",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "MNIST → digits: random real images",
-        "adapt-mnist-to-digits",
-        "random",
-        "(USPS) 94.9 ± 0.8",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "MNIST → digits: distilled, unknown networks",
-        "adapt-mnist-to-digits",
-        "distilled, u",
-        "(USPS) 95.4 ± 1.8",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "MNIST → digits: distilled, known network",
-        "adapt-mnist-to-digits",
-        "distilled, k",
-        "(USPS) 97.9",
-        "other digits: scikit-learn's",
-    ),
-    Line(
-        "MNIST → digits: all real images",
-        "adapt-mnist-to-digits",
-        "all",
-        "(USPS) 97.3 ± 0.3",
-        "other digits: scikit-learn's",
-    ),
-    *(
-        Line(f"attack, {source} as {target}: {title}", "attack", f"{source} as {target}, {row}")
-        for source, target in ATTACKS
-        for title, row in {
-            "other classes before": "before, others",
-            "success, unknown networks": "unknown, taken",
-            "other classes, unknown networks": "unknown, others",
-            "success, known network": "known, taken",
-            "other classes, known network": "known, others",
-        }.items()
-    ),
-)
+# ----------------------------------------------------------------------------------------------------------- the paper
+def reported() -> list[dict[str, str]]:
+    """Published accuracies, each with the experiment and the row here that stand beside it."""
+    return pd.read_csv(RESULTS / "paper" / "reported.csv", keep_default_na=False).to_dict("records")
 
 
-def pooled(sets: list[list[float]]) -> du.Accuracies:
-    """The accuracies of all networks of all sets of images."""
-    return du.Accuracies(torch.tensor(list(itertools.chain(*sets))))
-
-
-def summary(results: Path, *experiments: str) -> str:
-    """The table of the paper's experiments, or of those whose names begin so: as reported, here, what is behind it."""
+def paper_table(results: Results, *experiments: str) -> str:
+    """The paper's accuracies beside those here, of all experiments or of those whose names begin so."""
     rows = []
-    for line in LINES:
-        if line.experiment.startswith(experiments or ""):
-            result = line.result(results)
-            comparable = line.reported[:1].isdigit()
-            difference = f"{result.mean - float(line.reported.split()[0]):+.1f}" if comparable else ""
-            behind = what_is_behind(line.sets(results))
-            rows.append([line.title, line.reported, str(result), difference, behind, line.why])
-    head = ["experiment", "paper, as reported (%)", "here", "difference", "behind it", "why"]
+    for line in reported():
+        if line["experiment"].startswith(experiments or ""):
+            sets, found = (find(line["experiment"], line["row"]) for find in (results.values, results.pooled))
+            comparable = line["reported"][:1].isdigit()  # not of other data
+            difference = f"{found.mean - float(line['reported'].split()[0]):+.1f}" if comparable else ""
+            rows.append([line["title"], line["reported"], found, difference, describe_sets(sets), line["note"]])
+    head = ["experiment", "paper, as reported (%)", "here", "difference", "measured on", "what is different here"]
     return markdown_table(head, rows)
 
 
-def what_is_behind(sets: list[list[float]]) -> str:
-    """How many sets of images and networks, and how far the sets are apart."""
+def describe_sets(sets: list[list[float]]) -> str:
+    """How many sets and networks there are, and how far apart the sets are."""
     networks, means = len(sets[0]), [statistics.mean(values) for values in sets]
     if len(sets) == 1:
         return f"{networks} network{'s' * (networks > 1)}"
@@ -195,75 +59,348 @@ def what_is_behind(sets: list[list[float]]) -> str:
     return f"{len(sets)} sets, {networks} networks each; means {min(means):.1f} to {max(means):.1f}"
 
 
-def draw_baselines(results: Path) -> Figure:
-    """Distilled images beside images nothing was learned for: mean and std, and the paper's figures."""
-    lines = [line for line in LINES if line.experiment.startswith(("unknown-", "baselines"))][::-1]
+def draw_baselines(results: Results) -> Figure:
+    """Distilled images and undistilled baselines, mean ± std, beside the paper's accuracies."""
+    lines = [line for line in reported() if line["experiment"].startswith(("random-", "baselines"))][::-1]
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for place, line in enumerate(lines):
-        result = line.result(results)
-        axis.barh(
-            place, result.mean, 0.8, xerr=result.std, color="C0" if "unknown" in line.experiment else "0.7", capsize=3
-        )
-        if line.reported:
-            mean, std = map(float, line.reported.split(" ± "))
+        found, distilled = results.pooled(line["experiment"], line["row"]), "random-" in line["experiment"]
+        axis.barh(place, found.mean, xerr=found.std, color="C0" if distilled else "0.7", capsize=3)
+        if line["reported"]:
+            mean, std = map(float, line["reported"].split(" ± "))
             axis.errorbar(mean, place + 0.2, xerr=std, fmt="D", color="C3", mfc="white", capsize=3)
     axis.errorbar([], [], fmt="D", color="C3", mfc="white", label="paper, as reported")
-    axis.barh([0], [0], color="C0", label="distilled")
-    axis.barh([0], [0], color="0.7", label="not distilled")
-    axis.set_yticks(range(len(lines)), [line.title.split("10 × 3, ")[-1].removeprefix("baseline: ") for line in lines])
+    for color, label in {"C0": "distilled", "0.7": "undistilled baseline"}.items():
+        axis.barh([0], [0], color=color, label=label)
+    titles = [line["title"].split("10 × 3, ")[-1].removeprefix("baseline: ") for line in lines]
+    axis.set_yticks(range(len(lines)), titles)
     axis.set(xlabel="test accuracy (%), mean ± std over networks", xlim=(0, 100))
-    figure.suptitle("LeNet on MNIST, unknown initializations: thirty updates on 100 images (class means: 10)")
+    figure.suptitle("LeNet on MNIST, unseen initializations: thirty updates on 100 images (class means: 10)")
     axis.legend(loc="lower left")
     return figure
 
 
-def draw_what_matters(results: Path) -> Figure:
-    """Test accuracy against the number of steps, epochs and images, and on other initializations."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
-
-    def curve(axis, title: str, across: Callable[[tuple[int, int, int]], int]) -> None:
-        places = [across(point) for point in SWEEPS[title]]
-        tested = [Line("", sweep_name(*point), "unknown").result(results) for point in SWEEPS[title]]
-        axis.errorbar(
-            places, [each.mean for each in tested], yerr=[each.std for each in tested], marker="o", capsize=3,
-            label=title,
-        )  # fmt: skip
-        axis.set(xscale="log", ylabel="test accuracy (%)", ylim=(0, 100))
-        axis.set_xticks(places, places)
+def draw_what_matters(results: Results) -> Figure:
+    """Test accuracy against the number of steps, epochs and images, and for other initializations."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained", sharey=True)
+    titles = ["one step with all images, or many with few", "length of training", "number of images"]
+    labels = ["steps that share 100 images", "epochs of 10 steps with 10 images", "images, in thirty updates of ten"]
+    curves = [
+        (axes[0, 0], "three epochs", lambda steps, per_class, epochs: steps),
+        (axes[0, 0], "thirty updates", lambda steps, per_class, epochs: steps),
+        (axes[0, 1], "epochs", lambda steps, per_class, epochs: epochs),
+        (axes[1, 0], "images", lambda steps, per_class, epochs: 10 * steps * per_class),
+    ]
+    for axis, name, across in curves:
+        found = [results.pooled(sweep_name(*point), "unseen initializations") for point in SWEEPS[name]]
+        draw_points(axis.errorbar, [across(*point) for point in SWEEPS[name]], found, marker="o", label=name)
+        axis.set(xscale="log")
+        axis.set_xticks([across(*point) for point in SWEEPS[name]], [across(*point) for point in SWEEPS[name]])
         axis.minorticks_off()
-
-    curve(axes[0, 0], "three epochs", lambda point: point[0])
-    curve(axes[0, 0], "thirty updates", lambda point: point[0])
-    axes[0, 0].set(xlabel="steps that 100 images are shared among", title="one step with all, or many with few")
-    axes[0, 0].legend(loc="lower right")
-    curve(axes[0, 1], "epochs", lambda point: point[2])
-    axes[0, 1].set(xlabel="epochs of 10 steps", title="100 images: how long they are trained on")
-    curve(axes[1, 0], "images", lambda point: 10 * point[0] * point[1])
-    axes[1, 0].set(xlabel="images", title="thirty updates of ten images: how many images")
-    for shift, each in zip((-0.2, 0.2), LEARNED_ON, strict=True):
-        tested = [Line("", "initializations", f"for {each}, on {title}").result(results) for title in INITIALIZATIONS]
-        axes[1, 1].bar(
-            [place + shift for place in range(len(tested))], [one.mean for one in tested], 0.4,
-            yerr=[one.std for one in tested], capsize=3, label=f"distilled for {each}",
-        )  # fmt: skip
+    for axis, title, label in zip(axes.flat, titles, labels, strict=False):
+        axis.set(title=title, xlabel=label)
+    for shift, source in zip((-0.2, 0.2), DISTILLED_FOR, strict=True):
+        found = [results.pooled("initializations", f"for {source}, on {title}") for title in INITIALIZATIONS]
+        places = [place + shift for place in range(len(found))]
+        draw_points(axes[1, 1].bar, places, found, width=0.4, label=f"distilled for {source}")
     axes[1, 1].set_xticks(range(len(INITIALIZATIONS)), [name.replace(" ", "\n", 1) for name in INITIALIZATIONS])
-    axes[1, 1].set(
-        xlabel="tested on", ylabel="test accuracy (%)", ylim=(0, 100), title="other distributions of weights"
-    )
+    axes[1, 1].set(xlabel="tested on", title="other distributions of initial weights", ylim=(0, 100))
+    axes[0, 0].legend(loc="lower right")
     axes[1, 1].legend(loc="upper center", ncols=2, fontsize="small")
-    figure.suptitle("LeNet on MNIST, unknown initializations: mean ± std over networks, one distillation each")
+    figure.supylabel("test accuracy (%)")
+    figure.suptitle("LeNet on MNIST, unseen initializations: mean ± std over networks, one distillation each")
     return figure
 
 
-TITLE = """# The paper's MNIST study
+def draw_points(draw: Callable, places: list[float], found: list[du.Accuracies], **options) -> None:
+    """Means and standard deviations by a method of an axis."""
+    draw(places, [each.mean for each in found], yerr=[each.std for each in found], capsize=3, **options)
 
-Written by `make study`: test accuracy, or an attack's success rate, in percent. ± is the standard deviation over all
-networks of all sets of images that are behind a figure."""
+
+SCHEDULES = ("constant step size", "step sizes learned for them", "step sizes of the distilled set")
+CONTROLLED = {  # experiments with controls of their schedules, and the rows of their own accuracies
+    "fixed-10": "fixed initialization", "random-noise": "unseen initializations",
+    **dict.fromkeys(SCHEDULED, "learned schedule"),
+}  # fmt: skip
 
 
-def report(results: Path) -> None:
-    """Writes the summary and the two figures of a whole study."""
-    with atomic_write(results / "summary.md") as partial_file:
-        partial_file.write_text(f"{TITLE}\n\n{summary(results)}\n")
-    for draw, name in ((draw_baselines, "baselines.png"), (draw_what_matters, "what_matters.png")):
-        draw(results).savefig(results / name, dpi=110)
+def schedules_table(results: Results) -> str:
+    """Learned schedules, and undistilled images under as many updates of the same inner optimizer."""
+    columns, rows = [f"{images}, {schedule}" for images in UNDISTILLED for schedule in SCHEDULES], []
+    for experiment, row in CONTROLLED.items():
+        if len(results.find(f"controls-{experiment}")) > 0:
+            found = [results.pooled(f"controls-{experiment}", column) for column in columns]
+            rows.append([experiment, results.pooled(experiment, row), *found])
+    return markdown_table(["updates as in", "distilled", *columns], rows)
+
+
+def best_controls(results: Results, experiment: str) -> list[du.Accuracies | str]:
+    """Of random real images and of k-means centers, the accuracy under the best of three schedules."""
+    if len(results.find(f"controls-{experiment}")) == 0:
+        return [""] * len(UNDISTILLED)
+    found = [
+        [results.pooled(f"controls-{experiment}", f"{images}, {schedule}") for schedule in SCHEDULES]
+        for images in UNDISTILLED
+    ]
+    return [max(group, key=lambda each: each.mean) for group in found]
+
+
+# -------------------------------------------------------------------------------------------------------- the ablation
+def with_and_without(name: str, kind: str) -> tuple[str, str] | None:
+    """The experiments with a technique and without it, in the paper's or the best method; None if there are none."""
+    if kind == "add-to-best" and name in LEFT_OUT:
+        return "add-to-best-none", f"leave-one-out-{name}"
+    pair = f"{kind}-{name}", f"{kind}-none"
+    return pair if pair[0] in ABLATION else None
+
+
+def ablation_table(results: Results, *names: str) -> str:
+    """What each technique adds, or those named, to the paper's method and to the best one, on validation images."""
+    rows = []
+    for name in names or TECHNIQUES:
+        row = [TECHNIQUES[name][0]]
+        for pair in (with_and_without(name, kind) for kind in ("add-one", "add-to-best")):
+            if pair is None:
+                row += ["", "", "", ""]
+                continue
+            found, without = (results.pooled(each, "validation") for each in pair)
+            row += [without, found, f"{found.mean - without.mean:+.1f}"]
+            row.append(f"{results.run(pair[0]).distillation_seconds:.0f}")
+        rows.append(row)
+    columns = ["without", "with", "gain", "seconds"]
+    head = ["technique", *(f"{method}: {column}" for method in ("paper's method", "best method") for column in columns)]
+    return markdown_table(head, rows)
+
+
+def draw_ablation(results: Results) -> Figure:
+    """The gains as bars, with their standard errors over networks, which are the same with and without."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharex=True, sharey=True)
+    names = [name for name in TECHNIQUES if name != "none"][::-1]
+    for axis, kind in zip(axes, ("add-one", "add-to-best"), strict=True):
+        for place, name in enumerate(names):
+            if pair := with_and_without(name, kind):
+                found, without = (results.pooled(each, "validation").values for each in pair)
+                gains = du.Accuracies(found - without)
+                axis.barh(place, gains.mean, xerr=gains.std / len(gains.values) ** 0.5, capsize=3, color="C0")
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="gain in validation accuracy (points)")
+    axes[0].set_yticks(range(len(names)), [TECHNIQUES[name][0].partition(",")[0] for name in names])
+    axes[0].set_title("paper's method (noise, fixed labels, SGD) with it", fontsize="medium")
+    axes[1].set_title("best method (k-means, soft labels, Adam) with it", fontsize="medium")
+    return figure
+
+
+# -------------------------------------------------------------------------------------------------------- the best sets
+KINDS = ("distilled", "random real images")  # what other architectures train on
+
+
+def counted(found: du.Accuracies) -> str:
+    """An accuracy and how many networks are behind it."""
+    return f"{found} (n={len(found.values)})"
+
+
+def count_images(name: str) -> tuple[int, int]:
+    """The images of a set: stored, and as networks see them."""
+    recipe = RECIPES[name]
+    seen = 10 * recipe["steps"] * recipe["per_class"]
+    return seen // recipe.get("factor", 1) ** 2, seen
+
+
+def best_table(results: Results) -> str:
+    """The accuracies of the best sets by both protocols, and the minutes that each experiment took."""
+    rows = []
+    for name, recipe in RECIPES.items():
+        shown = {row: counted(results.pooled(name, row)) for row in ("learned schedule", "from scratch")}
+        shown[protocol(name)] = f"**{shown[protocol(name)]}**"
+        minutes = f"{results.run(name).seconds / 60:.0f}"
+        rows.append([name, *count_images(name), recipe["steps"] * recipe["epochs"], *shown.values(), minutes])
+    head = ["set", "images stored", "as seen", "updates", "learned schedule", "from scratch", "minutes"]
+    return markdown_table(head, rows)
+
+
+def recipe_table() -> str:
+    """How each of the best sets is made."""
+    rows = []
+    for name, recipe in RECIPES.items():
+        optimizer = recipe["inner"].get("optimizer", f"SGD, momentum {recipe['inner'].get('momentum')}")
+        pool = f"{recipe['window']} updates, network pool of {recipe['pool']}" if "pool" in recipe else "all updates"
+        outer = [recipe["iterations"], recipe.get("networks", 1), recipe["batch_size"]]
+        row = [name, f"{recipe['steps']} × {recipe['epochs']}", optimizer, pool, *outer]
+        rows.append([*row, recipe.get("learning_rate", 0.03)])
+    head = ["set", "steps × epochs", "inner optimizer", "differentiated through", "outer iterations"]
+    return markdown_table([*head, "networks per iteration", "real batch", "learning rate"], rows)
+
+
+def controls_table(results: Results) -> str:
+    """Training from scratch on the best sets and on their controls, with DD-Ranking's scores (Li et al. 2025)."""
+    real, rows = results.pooled("whole-set", "ordinary").mean, []
+    for name in RECIPES:
+        distilled = results.pooled(name, "from scratch")
+        controls = {title: results.pooled(name, f"control: {title}") for title in CONTROLS}
+        hard, random = (
+            controls[f"{title} labels"].mean for title in ("distilled images, hard", "random real images, soft")
+        )
+        recovery, improvement, score = label_robust_score(distilled.mean, hard, random, real)
+        rows.append([name, distilled, *controls.values(), f"{recovery:.1f}", f"{improvement:.1f}", f"{score:.2f}"])
+    scores = ["hard label recovery (less is better)", "improvement over random", "label-robust score"]
+    return markdown_table(["set", "distilled", *CONTROLS, *scores], rows)
+
+
+def augmented_table(results: Results) -> str:
+    """The same with ten augmented copies of each image."""
+    titles = (*KINDS, "k-means centers")
+    found = [counted(results.pooled("augmented", f"{AUGMENTED}, {title}")) for title in titles]
+    return markdown_table(["ten augmented copies of each image", *titles], [[AUGMENTED, *found]])
+
+
+def transfer_table(results: Results) -> str:
+    """Other architectures trained from scratch on a set and on as many real images; LeNet first."""
+    lenet = ("from scratch", "control: random real images, true labels")
+    rows = [["LeNet, which they are made for", *(results.pooled(name, row) for name in TRANSFERRED for row in lenet)]]
+    columns = [(name, kind) for name in TRANSFERRED for kind in KINDS]
+    for architecture in ARCHITECTURES:
+        found = [results.pooled(f"transfer-{name}", f"{architecture}, {kind}") for name, kind in columns]
+        rows.append([architecture, *found])
+    return markdown_table(["network", *map(": ".join, columns)], rows)
+
+
+def headline_table(paper: Results, best: Results) -> str:
+    """The main accuracies beside published ones, and beside undistilled images that are used in the same way."""
+    controls = [f"control: {images}, true labels" for images in UNDISTILLED]
+
+    def scheduled(name: str) -> list:
+        return [best.pooled(name, "learned schedule"), *best_controls(best, name)]
+
+    def scratch(name: str) -> list:
+        return [best.pooled(name, row) for row in ("from scratch", *controls)]
+
+    fixed = [paper.pooled("fixed-10", "fixed"), *best_controls(paper, "fixed-10")]
+    noise = [paper.pooled("random-noise", "unseen"), *best_controls(paper, "random-noise")]
+    rows = [
+        ["10 images, 3 updates, fixed initialization", "93.8 (Wang et al.)", *fixed],
+        ["100 images, 30 updates, the paper's method", "79.5 ± 8.1 (Wang et al.)", *noise],
+        ["100 images, 30 updates", "82.7 ± 2.8 (soft labels)", *scheduled("mnist-ipc10-30steps")],
+        ["100 images, factor 2, 30 updates", "", *scheduled("mnist-ipc10-mf2-30steps")],
+        ["100 images, from scratch", "93.9 ± 0.6 (gradient matching, augmented)", *scratch("mnist-ipc10-scratch")],
+        ["100 images, factor 2, from scratch", "", *scratch("mnist-ipc10-mf2-scratch")],
+        ["500 images, factor 2, from scratch", "", *scratch("mnist-ipc50-mf2-scratch")],
+        ["all 55,000 training images", "", best.pooled("whole-set", "ordinary"), "", ""],
+    ]
+    return markdown_table(["LeNet on MNIST", "as reported (%)", "here", *UNDISTILLED], rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- cards
+SCRATCH = "SGD at 0.01 with momentum 0.9, shuffled batches of up to 256, 300 epochs, without the stored step sizes"
+USES = {
+    "learned schedule": "network = du.unroll(du.LeNet(), distilled, differentiable=False)",
+    "from scratch": "images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)\n"
+    "network = du.train(du.LeNet(), du.Split(images, labels), epochs=300, batch_size=256, step_size=0.01)",
+}
+CARD = """# {name}
+
+{stored} images for MNIST with soft labels, distilled for LeNets of unseen Xavier-normal initializations. {formation}
+Trained {words}, they reach {accuracy} on the test images.
+
+```python
+import distill_utils as du
+
+mnist, distilled = du.load_mnist("data", device="cpu"), du.load("{name}")
+{use}
+print(f"{{du.accuracy(network, mnist.test):.1f}}%")
+```
+
+{facts}
+
+Accuracy on the 10,000 test images, mean ± std over networks (seed 10000) that the set has not seen. One distillation.
+
+{accuracies}
+
+Made for this LeNet; other architectures may do much worse (`study/results/best/summary.md`).
+"""
+
+
+def card(name: str, path: Path, results: Results) -> str:
+    """What a user of the shipped set in the file `path` wants to know, in Markdown."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        mean, std = (float(file.metadata()[key]) for key in ("mean", "std"))
+    distilled, recipe, run, main = du.DistilledSet.load(path), RECIPES[name], results.run(name), protocol(name)
+    low, high = (float(each) * std + mean for each in distilled.images.detach().aminmax())
+    (stored, seen), factor = count_images(name), recipe.get("factor", 1)
+    optimizer = "Adam" if distilled.optimizer == "Adam" else f"SGD with momentum {distilled.momentum}"
+    schedule = f"{distilled.updates} updates by {optimizer}, in the stored order with the stored step sizes"
+    outer = ("iterations", "networks", "batch_size", "learning_rate", "step_size_learning_rate", "pool", "window")
+    facts = {
+        "learned schedule": schedule + " **(made for this)**" * (main == "learned schedule"),
+        "from scratch": SCRATCH + " **(made for this)**" * (main == "from scratch"),
+        "images": f"{list(distilled.images.shape)}: steps, images, channels, height, width",
+        "labels": f"{list(distilled.labels.shape)}: steps, labels, classes; learned with the images",
+        "normalization": f"`(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1; exact values are in the file's metadata",
+        "pixel range": f"{low:.2f} to {high:.2f} as pixels; clip to 0..1 to look at them, not to train",
+        "augmentation": "none, neither in distillation nor in training",
+        "distilled by": f"`python -m study best --only {name}`, seed 0, from k-means centers",
+        "outer loop": ", ".join(f"{key} {recipe[key]}" for key in outer if key in recipe).replace("_", " "),
+        "computed on": f"{run.machine}; {run.versions}; {run.seconds / 60:.0f} minutes, tests included",
+    }
+    rows = ["learned schedule", "from scratch", *(f"control: {title}" for title in CONTROLS)]
+    found = [(row.replace("control:", "from scratch, control:"), results.pooled(name, row)) for row in rows]
+    controls = ((row, results.pooled(f"controls-{name}", row)) for row in results.find(f"controls-{name}").row.unique())
+    found += [(f"{distilled.updates} updates, control: {row}", each) for row, each in controls]
+    formation = f"Each holds {factor} × {factor} smaller ones: networks train on {seen}." if factor > 1 else ""
+    return CARD.format(
+        name=name, stored=stored, formation=formation, use=USES[main], accuracy=results.pooled(name, main),
+        words="from scratch" if main == "from scratch" else f"with the learned schedule of {distilled.updates} updates",
+        facts="\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
+        accuracies=markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found]),
+    ).replace(" \n", "\n")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+HEADS = {
+    "paper": """# The paper's MNIST experiments
+
+Test accuracy, or the success rate of an attack, in percent: mean ± standard deviation over networks of all sets.""",
+    "ablation": """# Ablation of later techniques
+
+LeNets of unseen initializations after a short distillation of 100 images for 30 updates: accuracy on validation images
+in percent, mean ± standard deviation over networks. The paper's method starts from noise, with fixed labels and inner
+SGD; the best one from k-means centers, with soft labels and inner Adam. Seconds are those of the distillation with the
+technique, on one thread.""",
+    "best": f"""# The best distilled sets
+
+LeNet on MNIST's test images, unseen initializations: accuracy in percent, mean ± standard deviation over n networks,
+one distillation each. Bold is what a set is made for. *Learned schedule*: the stored order and step sizes.
+*From scratch*: {SCRATCH}.
+Without augmentation, unless stated. Minutes are those of one thread, tests included.""",
+}
+FIGURES = {"paper": (draw_baselines, draw_what_matters), "ablation": (draw_ablation,), "best": ()}
+
+
+def tables(part: str, results: Results) -> list[str]:
+    """The tables of a part of the study, with their headings where there are several."""
+    if part == "ablation":
+        return [ablation_table(results)]
+    schedules = {"Controls, learned schedule": schedules_table(results)}
+    found = {"Accuracies": paper_table(results), **schedules} if part == "paper" else {
+        "Accuracies": best_table(results), "Recipes": recipe_table(),
+        **schedules, "Controls, from scratch": controls_table(results),
+        "Augmented, from scratch": augmented_table(results),
+        "Other architectures, from scratch": transfer_table(results),
+    }  # fmt: skip
+    return [f"## {title}\n\n{table}" for title, table in found.items()]
+
+
+def write_report(part: str, results: Results) -> None:
+    """Writes the summary and the figures of a part of the study into its folder."""
+    text = [HEADS[part], f"Written by `python -m study {part}` from the tables in this folder.", *tables(part, results)]
+    with running.write_safely(results.folder / "summary.md") as path:
+        path.write_text("\n\n".join(text) + "\n")
+    for draw in FIGURES[part]:
+        figure = draw(results)
+        figure.savefig(results.folder / f"{draw.__name__.removeprefix('draw_')}.png", dpi=150)
+        plt.close(figure)
+
+
+def write_cards(folder: Path, results: Results) -> None:
+    """Writes the card of each set in `folder`."""
+    for name in RECIPES:
+        (folder / f"{name}.md").write_text(card(name, folder / f"{name}.safetensors", results))

@@ -1,0 +1,87 @@
+"""What each technique since 2018 contributes: added to the paper's method, and added to or left out of the best one.
+
+Every experiment is one distillation of 100 images for 30 updates (10 steps × 3 epochs) over the same number of outer
+iterations, measured on validation images with the same networks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import distill_utils as du
+from study.parametrizations import Augmented, LowResolution, augmented
+from study.records import Study
+from study.truncation import NetworkPool, RandomWindow
+
+INITIALIZE = {
+    "noise": partial(du.init_from_noise, std=0.3), "real": du.init_from_real, "k-means": du.init_from_kmeans,
+}  # fmt: skip
+PAPER = {"init": "noise", "inner": {}, "epochs": 3, "step_size": 0.03, "batch_size": 128, "iterations": 100}
+BEST = {**PAPER, "init": "k-means", "inner": {"optimizer": "Adam", "soft_labels": True}, "step_size": 0.003}
+TECHNIQUES = {  # short name: title, and the settings it changes
+    "none": ("none", {}),
+    "init-real": ("initialization from real images", {"init": "real"}),
+    "init-kmeans": ("initialization from k-means centers", {"init": "k-means"}),
+    "soft-labels": ("soft labels", {"inner": {"soft_labels": True}}),
+    "momentum": ("inner momentum, 0.5", {"inner": {"momentum": 0.5}, "step_size": 0.015}),
+    "adam": ("inner Adam", {"inner": {"optimizer": "Adam"}, "step_size": 0.003}),
+    "longer-unroll": ("longer unroll, 100 updates", {"epochs": 10}),
+    "random-window": (
+        "random truncation window, 25 of 100 updates", {"epochs": 10, "make_unroll": partial(RandomWindow, 25)},
+    ),
+    "network-pool": (
+        "network pool, windows of 25 of 100 updates", {"epochs": 10, "make_unroll": partial(NetworkPool, 8, window=25)},
+    ),
+    "four-networks": ("four networks per iteration", {"networks": 4}),
+    "batch-512": ("real batches of 512", {"batch_size": 512}),
+    "augmented-real": ("augmented real images", {"augment_real": True}),
+    "augmented-synthetic": ("augmented synthetic images", {"parametrize": Augmented}),
+    "low-resolution": ("low-resolution parametrization, 14 × 14", {"parametrize": LowResolution.from_images}),
+    "multi-formation": (
+        "multi-formation, factor 2", {"parametrize": partial(du.MultiFormation.from_images, factor=2), "per_class": 4},
+    ),
+    "no-clipping": ("no clipping of the meta-gradient", {"clip": math.inf}),
+}  # fmt: skip
+LEFT_OUT = {  # what changes where a technique of the best method is left out
+    "init-kmeans": {"init": "noise"},
+    "soft-labels": {"inner": {"optimizer": "Adam"}},
+    "adam": {"inner": {"soft_labels": True}, "step_size": 0.03},
+}
+
+
+def augment_training(dataset: du.Dataset, *, copies: int = 2) -> du.Dataset:
+    """`dataset` with augmented copies of its training images in place of them."""
+    images = augmented(dataset.train.images, black=float(dataset.train.images.min()), copies=copies)
+    return replace(dataset, train=du.Split(images, dataset.train.labels.repeat(copies)))
+
+
+def ablation(
+    study: Study, *, init: str, inner: dict, epochs: int, step_size: float, iterations: int, per_class: int = 1,
+    augment_real: bool = False, parametrize: Callable = du.DistilledSet, make_unroll: Callable = lambda: du.unroll,
+    **options,
+) -> None:  # fmt: skip
+    """The accuracy on validation images after a short distillation, and how long it took."""
+    dataset = augment_training(study.mnist) if augment_real else study.mnist
+    images, labels = INITIALIZE[init](dataset, steps=10, per_class=per_class)
+    distilled = parametrize(images, labels, epochs=epochs, step_size=step_size, **inner)
+    options |= {"iterations": max(1, round(study.fraction * iterations)), "unroll": make_unroll()}
+    begin = time.perf_counter()
+    with du.seeded(0):  # augmentation draws from torch's random state
+        du.distill(distilled, dataset, du.LeNet, validate_every=10**6, validation_networks=1, progress=False, **options)
+    study.distillation_seconds = round(time.perf_counter() - begin, 2)
+    networks = max(1, study.networks // 4)
+    found = du.evaluate(distilled, dataset.validation, du.LeNet, networks=networks, seed=20_000)
+    study.add("validation", found.values)
+
+
+# To the best method, only what it does not have is added: what it has is left out instead.
+ADDED = {name: change for name, (_, change) in TECHNIQUES.items() if not {"init", "inner"} & change.keys()}
+EXPERIMENTS: dict[str, Callable[[Study], None]] = {
+    **{f"add-one-{name}": partial(ablation, **{**PAPER, **change}) for name, (_, change) in TECHNIQUES.items()},
+    **{f"add-to-best-{name}": partial(ablation, **{**BEST, **change}) for name, change in ADDED.items()},
+    **{f"leave-one-out-{name}": partial(ablation, **{**BEST, **change}) for name, change in LEFT_OUT.items()},
+}

@@ -1,0 +1,430 @@
+"""A run that survives: checkpoints, a calm Ctrl-C and several processes around `distill_utils.Distillation`.
+
+A checkpoint is one file: a line that names the format, the SHA-256 of the rest, and what `torch.save` writes of a
+dictionary. Its `settings` and `start` say which run it belongs to, its `state` and `unroll` where that run stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import io
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from numbers import Number
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import distill_utils as du
+
+HEADER = b"checkpoint of distill, format 1\n"
+CONTENT = {"settings", "start", "state", "unroll"}
+STATE = {"distilled", "optimizer", "cosine", "iteration", "running_norm", "history"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """The KeyboardInterrupt of a run that has finished its iteration and written its checkpoint."""
+
+
+def distill(
+    distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *, iterations: int,
+    checkpoint: str | Path | None = None, validate_every: int = 100, validation_networks: int = 5,
+    progress: bool = True, **options,
+) -> du.History:  # fmt: skip
+    """Runs Algorithm 1 as `du.distill` does, and survives the end of the process.
+
+    The checkpoint is written at each validation, at the end, and on Ctrl-C; the same call resumes from it, on a CPU to
+    the bit-identical result. Ctrl-C finishes the iteration at hand and then raises KeyboardInterrupt; a second one
+    interrupts at once. In a job of several processes (`torch.distributed`), each has networks and real batches of its
+    own and the gradients are averaged; all start from the state of the first, which alone validates and writes.
+
+    Args:
+        distilled: the set to improve in place, on the device of `dataset`.
+        dataset: as in `du.Distillation`.
+        make_network: as in `du.Distillation`.
+        iterations: steps of the outer optimizer.
+        checkpoint: a file of this run; if it exists, the run resumes from it.
+        validate_every: iterations between validations.
+        validation_networks: networks behind each validation accuracy.
+        progress: show a progress bar.
+        options: the other options of `du.Distillation`. An `unroll` with a state, as a network pool, has `state_dict`
+            and `load_state_dict`; each process keeps its own.
+
+    Raises ValueError for bad arguments and for the checkpoint of another run, and FloatingPointError where training
+    diverges; then `distilled` is as the last completed iteration left it, and the last checkpoint stays.
+    """
+    return Run(
+        distilled, dataset, make_network, iterations=iterations, checkpoint=checkpoint, validate_every=validate_every,
+        validation_networks=validation_networks, progress=progress, **options,
+    ).finish()  # fmt: skip
+
+
+class Run:
+    """A `Distillation`, called `distillation`, with its checkpoint; the arguments are those of `distill`."""
+
+    def __init__(
+        self, distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *,
+        checkpoint: str | Path | None = None, validate_every: int = 100, validation_networks: int = 5,
+        progress: bool = True, **options,
+    ) -> None:  # fmt: skip
+        du.require_counts(validate_every=validate_every, validation_networks=validation_networks)
+        self.distillation = du.Distillation(distilled, dataset, make_network, **options)
+        self.distillation.rank, self.processes = process_rank()
+        self.checkpoint, self.progress = checkpoint, progress
+        self.validate_every, self.validation_networks = validate_every, validation_networks
+        if checkpoint is not None:
+            on_first_process(lambda: require_writable("checkpoint", checkpoint))
+            every = {"validate_every": validate_every, "validation_networks": validation_networks}
+            self.settings = describe_settings(self.distillation, {**options, **every})
+            self.start = describe_start(self.distillation)
+
+    def finish(self) -> du.History:
+        """Resumes where the checkpoint is, runs to the end and returns the history."""
+        self.resume()
+        run, iterations = self.distillation, self.distillation.iterations
+        options = {"file": sys.stdout, "ncols": 100, "mininterval": 1.0, "disable": not self.progress or run.rank > 0}
+        with calm_interrupt() as interrupted:
+            todo = range(run.iteration, iterations)
+            with tqdm(todo, initial=run.iteration, total=iterations, **options) as bar:
+                for iteration in bar:
+                    if iteration % self.validate_every == 0:
+                        self.validate()
+                    with du.seeded(run.seed, iteration, run.rank, 2):  # for sets that decode at random
+                        loss = run.compute_gradient()
+                    loss, stop = average_over_processes(run, loss, interrupted.is_set())
+                    run.apply_gradient(loss)
+                    bar.set_postfix_str(self.progress_text(), refresh=False)
+                    if stop:
+                        self.write()
+                        break
+                else:
+                    self.validate()
+        if interrupted.is_set() or run.iteration < iterations:
+            if run.rank == 0:
+                print(self.interrupt_text(), flush=True)
+            raise Interrupted(f"after {run.iteration} of {iterations} iterations")
+        return run.history
+
+    def validate(self) -> None:
+        """Validates and writes the checkpoint."""
+        on_first_process(lambda: self.distillation.validate(self.validation_networks))
+        self.write()
+
+    def progress_text(self) -> str:
+        """The last loss and the last validation, with the iteration that it was made at."""
+        history = self.distillation.history
+        validation = zip(history.accuracy[-1:], history.iterations[-1:], strict=True)
+        parts = [f"validation {accuracy:.1f}% at {iteration}" for accuracy, iteration in validation]
+        return ", ".join([f"loss {history.loss[-1]:.3f}", *parts])
+
+    def interrupt_text(self) -> str:
+        """The sentence that an interrupted run ends with."""
+        done = f"Interrupted after {self.distillation.iteration} of {self.distillation.iterations} iterations"
+        if self.checkpoint is None:
+            return f"{done}: the distilled set keeps what it has learned; with checkpoint=, a run can be resumed."
+        return f"{done}: the same call, with checkpoint='{self.checkpoint}', goes on from there."
+
+    # ------------------------------------------------------------------------------------ checkpoint
+    def write(self) -> None:
+        """Writes the checkpoint, with the state of every process's inner loop."""
+        if self.checkpoint is None:
+            return
+        run = self.distillation
+        state = {
+            "distilled": run.distilled.state_dict(), "optimizer": run.optimizer.state_dict(),
+            "cosine": run.cosine.state_dict(), "iteration": run.iteration, "running_norm": run.running_norm,
+            "history": vars(run.history),
+        }  # fmt: skip
+        unrolls = gather_on_first_process(run.unroll.state_dict() if hasattr(run.unroll, "state_dict") else None)
+        content = {"settings": self.settings, "start": self.start, "state": state, "unroll": unrolls}
+        on_first_process(lambda: write_checkpoint(self.checkpoint, content))
+
+    def resume(self) -> None:
+        """Puts everything back where the checkpoint exists; every process then has the state of the first."""
+        run = self.distillation
+        if self.checkpoint is not None:
+            content = on_first_process(self.read)
+            if content is not None:
+                content = unpack(content)
+                self.restore(content["state"])
+                own = content["unroll"][run.rank : run.rank + 1]  # nothing for a process more than the run had
+                if own and own[0] is not None:
+                    device = run.dataset.train.images.device
+                    run.unroll.load_state_dict(unpack(pack(own[0]), device))
+                return
+        if self.processes > 1:
+            run.distilled.load_state_dict(unpack(on_first_process(lambda: pack(run.distilled.state_dict()))))
+
+    def restore(self, state: dict) -> None:
+        """Puts the state of a checkpoint in the place of the run's."""
+        run = self.distillation
+        for part in ("distilled", "optimizer", "cosine"):
+            getattr(run, part).load_state_dict(state[part])
+        run.iteration, run.running_norm = state["iteration"], state["running_norm"]
+        run.history = du.History(**state["history"])
+
+    def read(self) -> bytes | None:
+        """The checkpoint's content where it exists. Raises ValueError where it is damaged or of another run."""
+        if not Path(self.checkpoint).exists():
+            return None
+        content = read_checkpoint(self.checkpoint)
+        settings, start, reached = content["settings"], content["start"], content["state"]["distilled"]
+        # A set that was interrupted, and given again, is at the place of the checkpoint rather than at the start.
+        start_here = {**self.start, **{name: start[name] for name in reached if name in start}}
+        given = self.distillation.distilled.state_dict()
+        if given.keys() != reached.keys() or any(not is_close(given[name], reached[name], 0) for name in given):
+            start_here = self.start
+        texts = [(name, settings.get(name), self.settings.get(name)) for name in {**settings, **self.settings}]
+        texts = [each for each in texts if each[1] != each[2]]
+        tensors = [(name, start.get(name), start_here.get(name)) for name in {**start, **start_here}]
+        for name, there, here in tensors:
+            if there is None or here is None or not is_close(there, here):
+                texts.append((name.replace("raw_step_sizes", "step_size"), *(short(name, x) for x in (there, here))))
+        differences = "; ".join(f"{name}: {there} there, {here} here" for name, there, here in texts)
+        remedy = "name another file or delete it"
+        du.require(not texts, f"checkpoint='{self.checkpoint}' belongs to another run ({differences}); {remedy}")
+        return pack(content)
+
+
+def write_checkpoint(path: str | Path, content: dict) -> None:
+    """Writes a checkpoint, whole or not at all."""
+    payload = pack(content)
+    try:
+        with write_safely(path) as partial:
+            partial.write_bytes(HEADER + hashlib.sha256(payload).digest() + payload)
+    except OSError as error:
+        raise OSError(f"checkpoint='{path}': cannot be written ({error.strerror}); name another file") from error
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What `write_checkpoint` wrote. Raises ValueError where the file is anything else."""
+    file = io.BytesIO(Path(path).read_bytes())
+    header, digest, payload = file.read(len(HEADER)), file.read(32), file.read()
+    try:
+        du.require(header == HEADER and digest == hashlib.sha256(payload).digest(), "damaged")
+        content = unpack(payload)
+        du.require(content.keys() == CONTENT and content["state"].keys() == STATE, "not of distill")
+    except Exception as error:  # torch.load meets other versions and contents with errors of many kinds
+        raise ValueError(f"checkpoint='{path}': no checkpoint of distill; delete it or name another") from error
+    return content
+
+
+def pack(content: object) -> bytes:
+    """Tensors, numbers and texts in lists and dictionaries as bytes, which also travel between processes."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def unpack(payload: bytes, device: torch.device | str = "cpu") -> object:
+    """What `pack` packed, with its tensors on `device`."""
+    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+
+
+@contextlib.contextmanager
+def write_safely(path: str | Path) -> Iterator[Path]:
+    """Gives a neighbouring path to write to, and puts that file in the place of `path` only once it is whole, on the
+    disk too: after a power cut, `path` is what it was before or what was written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        sync(partial, os.O_RDWR)
+        os.replace(partial, path)
+        with contextlib.suppress(OSError):  # not every system lets a folder be opened
+            sync(path.parent, os.O_RDONLY)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync(path: Path, flags: int) -> None:
+    """Waits until the disk has the file or folder."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(name: str, path: str | Path) -> None:
+    """Raises ValueError unless a file can be written to `path`, the argument `name`; tries it with a file beside it."""
+    path = Path(path)
+    try:
+        du.require(not path.is_dir(), f"{name}='{path}': is a folder; name a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists() or path.is_symlink()
+        du.require(not there or path.is_file(), f"{name}='{path}': is no regular file; name another")
+        probe = path.with_name(f"{path.name}.{os.getpid()}.{os.getpid()}.partial")  # the longest name in use
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}: '{error.filename}')"
+        raise ValueError(f"{name}='{path}': {reason}; name a file in a folder that you can write to") from error
+
+
+# ---------------------------------------------------------------------------------- what determines a run
+def describe_settings(run: du.Distillation, options: dict) -> dict[str, str]:
+    """Whatever determines the run, apart from the values of `describe_start`, as short texts by name."""
+    parameters = inspect.signature(du.Distillation).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    texts = {name: describe(value) for name, value in {**defaults, **options}.items()}
+    network = du.sample_networks(run.make_network, 1, torch.device("cpu"))
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
+    texts["network"] = f"{type(network).__name__} {digest(structure.encode())}"
+    texts["dataset"] = describe_dataset(run.dataset)
+    return texts | run.distilled.metadata()
+
+
+def describe(value: object) -> str:
+    """An option as text: a number by its value, an inner loop by its name and settings."""
+    if isinstance(value, Number):
+        return f"{value:.10g}"
+    if inspect.isfunction(value):
+        code = inspect.unwrap(value).__code__
+        closure = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = [code.co_code.hex(), code.co_consts, code.co_names, [each for each in closure if is_scalar(each)]]
+        local = "<" in value.__qualname__  # a lambda, or a function in a function: its name does not tell what it does
+        text = f"{value.__qualname__} {digest(repr(parts).encode())}" if local else value.__qualname__
+    elif type(value).__repr__ is object.__repr__:
+        state = value.state_dict() if hasattr(value, "state_dict") else {}
+        settings = {name: each for name, each in vars(value).items() if is_scalar(each) and name not in state}
+        settings = {name: each for name, each in settings.items() if not name.startswith("_")}
+        text = f"{type(value).__name__}({', '.join(f'{name}={settings[name]!r}' for name in sorted(settings))})"
+    else:
+        text = repr(value)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def is_scalar(value: object) -> bool:
+    return value is None or isinstance(value, (Number, str))
+
+
+def describe_dataset(dataset: du.Dataset) -> str:
+    """Name, sizes and a hash of the images and labels that a run uses.
+
+    Mean and standard deviation vary in the last bit with the number of threads, so it hashes pixels of 8 bits. The
+    edges between two of their values are at odd places, which no image of 8 bits comes near to.
+    """
+    found = hashlib.sha256()
+    for split in (dataset.train, dataset.validation):
+        for images in split.images.split(5000):
+            pixels = (images.cpu() * dataset.std + dataset.mean) * 255
+            found.update((pixels + 0.62337).floor().to(torch.int16).numpy().tobytes())
+        found.update(split.labels.cpu().numpy().tobytes())
+    return f"{dataset.name} {len(dataset.train.labels)}+{len(dataset.validation.labels)} {found.hexdigest()[:8]}"
+
+
+@torch.no_grad()
+def describe_start(run: du.Distillation) -> dict[str, Tensor]:
+    """The values that the run starts from: the distilled set, and figures of two networks drawn from a fixed seed.
+
+    Two, as those of a fixed initialization are equal. They are compared with a tolerance, see `describe_dataset`.
+    """
+    with du.seeded(1811, 10959):
+        networks = [du.sample_networks(run.make_network, 1, torch.device("cpu")) for _ in range(2)]
+    figures = [network(run.dataset.train.images[:2].cpu()).flatten() for network in networks]
+    for network in networks:
+        for weights in network.state_dict().values():
+            flat = weights.flatten().float()
+            wave = torch.arange(len(flat)).cos()  # tells two orders of the same weights apart
+            figures.append(torch.stack([flat.mean(), flat.square().mean(), flat @ wave]))
+    start = {name: value.detach().cpu().clone() for name, value in run.distilled.state_dict().items()}
+    return {**start, "initialization": torch.cat(figures)}
+
+
+def is_close(first: Tensor, second: Tensor, tolerance: float = 1e-4) -> bool:
+    first, second = first.cpu(), second.cpu()
+    return first.shape == second.shape and torch.allclose(first, second, rtol=tolerance, atol=tolerance)
+
+
+def short(name: str, value: Tensor | None) -> str:
+    """A tensor in a few words: step sizes by value, anything else by its shape and a hash."""
+    if value is None:
+        return "none"
+    if name == "raw_step_sizes":
+        low, high = (f"{float(each):.4g}" for each in F.softplus(value).aminmax())
+        return f"{low} for {len(value)} updates" if low == high else f"{low} to {high} for {len(value)} updates"
+    return f"{list(value.shape)} {digest(value.numpy().tobytes())}"
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+# ----------------------------------------------------------------------------------- interrupts, processes
+@contextlib.contextmanager
+def calm_interrupt() -> Iterator[threading.Event]:
+    """Within the block, Ctrl-C sets the event given, so that work can end whole; a second Ctrl-C interrupts at once."""
+    interrupted = threading.Event()
+    main = threading.current_thread() is threading.main_thread()  # which alone may set a handler
+    previous = signal.getsignal(signal.SIGINT) if main else None
+    if previous in (None, signal.SIG_IGN):
+        yield interrupted
+        return
+
+    def stop(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's number among those of a torch.distributed job, and how many there are; without a job, 0 and 1."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def average_over_processes(run: du.Distillation, loss: float, interrupted: bool) -> tuple[float, bool]:
+    """Averages the meta-gradient, in place, and the loss over all processes; tells whether any was interrupted."""
+    _, processes = process_rank()
+    if processes == 1:
+        return loss, interrupted
+    gradients = [parameter.grad for parameter in run.distilled.parameters() if parameter.grad is not None]
+    message = torch.cat([*map(torch.flatten, gradients), gradients[0].new_tensor([loss, interrupted])])
+    dist.all_reduce(message)  # one for everything, since each costs a round trip
+    *means, (loss, interruptions) = (message / processes).split([*map(torch.numel, gradients), 2])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return float(loss), float(interruptions) > 0
+
+
+def on_first_process(work: Callable[[], object]) -> object:
+    """Does `work` in the first process alone; its result is returned, and its error raised, in every process."""
+    rank, processes = process_rank()
+    outcome: list = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    if processes > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather_on_first_process(state: object) -> list:
+    """The `state` of every process, by rank, in the first process; elsewhere a list without them."""
+    rank, processes = process_rank()
+    if processes == 1:
+        return [state]
+    states: list = [None] * processes
+    dist.gather_object(pack(state), states if rank == 0 else None)
+    return [unpack(each) for each in states] if rank == 0 else states

@@ -1,0 +1,42 @@
+"""The benchmark compares ways to compute one gradient: a third and a fourth opinion on it."""
+
+import platform
+
+import pytest
+import torch
+
+import distill_utils as du
+from study.benchmark import benchmark, rivals
+
+
+@pytest.mark.parametrize("rival", [rivals.higher_loop, rivals.functional_loop, rivals.step_products])
+def test_rivals_have_the_same_gradient(toy, smooth, rival):
+    torch.set_default_dtype(torch.float64)
+    images, labels = du.init_from_noise(toy, steps=2)
+    distilled = du.DistilledSet(images.double(), labels.double(), epochs=3, step_size=0.3)
+    networks, real = [smooth() for _ in range(3)], du.Split(toy.train.images.double(), toy.train.labels)
+    gradients = []
+    for method in (benchmark.ensemble_gradient, rival):
+        method(distilled, networks, real)
+        gradients.append([distilled.images.grad, distilled.raw_step_sizes.grad])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-13)
+
+
+def test_a_processor_without_a_name_is_named_by_its_architecture(monkeypatch):
+    assert benchmark.cpu_name("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n") == "AMD EPYC"
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert benchmark.cpu_name("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n") == "aarch64"
+    assert benchmark.cpu_name("") == "aarch64"
+
+
+def test_a_section_keeps_its_place(tmp_path):
+    output = tmp_path / "new" / "benchmark.md"
+    titles = [title for title, _ in benchmark.SECTIONS.values()]
+    for title, text in ((titles[2], "first"), (titles[0], "second"), (titles[2], "third")):
+        benchmark.write(output, title, text)
+    text = output.read_text()
+    assert "first" not in text
+    assert text.index(f"## {titles[0]}\n\nsecond") < text.index(f"## {titles[2]}\n\nthird")

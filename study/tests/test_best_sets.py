@@ -1,0 +1,70 @@
+"""The best sets and their controls at small size, and a stored one at full size."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import distill_utils as du
+from study import best_sets, report
+from study.records import RESULTS, Results
+from study.tests.small import small_study
+
+
+def test_the_experiments_add_what_the_report_reads(tmp_path, monkeypatch):
+    def train_from_scratch(*_, networks: int, **__) -> du.Accuracies:
+        return du.Accuracies(100 * torch.rand(networks))
+
+    monkeypatch.setattr(best_sets, "train_from_scratch", train_from_scratch)
+    monkeypatch.setattr(du, "best_constant_step_size", lambda distilled, *_, **__: distilled)
+    limits = {"epochs": 2, "window": 2, "per_class": 4}
+    controls = {f"controls-{name}" for name in best_sets.SCHEDULED[1:]}  # one is enough
+    for name, experiment in best_sets.EXPERIMENTS.items():
+        if name in controls:
+            continue
+        if name in best_sets.RECIPES:
+            recipe = best_sets.RECIPES[name].items()
+            recipe = {key: min(value, limits[key]) if key in limits else value for key, value in recipe}
+            experiment = partial(best_sets.best_set, **recipe)
+        study = small_study(name, "best", tmp_path, fraction=0.0001)
+        study.run(experiment)
+    results, stored = Results(tmp_path / "best"), Results(RESULTS / "best")
+    report.write_report("best", results)
+    text = (tmp_path / "best" / "summary.md").read_text()
+    for title in ("mnist-ipc10-scratch", "label-robust score", "ResNet-18"):
+        assert title in text
+    for name in {**best_sets.RECIPES, "whole-set": {}, "augmented": {}}:  # under the names of the stored results
+        assert set(results.find(name).row) == set(stored.find(name).row) != set()
+
+
+def test_a_set_for_training_from_scratch_keeps_its_step_sizes(tmp_path):
+    study, seen = small_study("mnist-ipc10-mf2-scratch", "best", tmp_path), {}
+
+    def distill(distilled: du.DistilledSet, *_, unroll, step_size_learning_rate: float, **__) -> str:
+        options = {"iterations": 2, "batch_size": 8, "validation_networks": 1, "progress": False}
+        options |= {"unroll": unroll, "step_size_learning_rate": step_size_learning_rate}
+        du.distill(distilled, study.mnist, du.LeNet, **options)
+        seen.update(distilled=distilled, unroll=unroll)
+        raise StopIteration  # what follows is not of interest
+
+    study.distill = distill
+    with pytest.raises(StopIteration):
+        best_sets.best_set(study, **{**best_sets.RECIPES[study.name], "epochs": 15, "per_class": 4})
+    assert (type(seen["distilled"]).__name__, seen["distilled"].images.shape[1]) == ("MultiFormation", 10)
+    assert seen["distilled"].step_sizes.tolist() == pytest.approx([0.01] * 30)
+    assert seen["unroll"].calls == 2
+
+
+@pytest.mark.parametrize("name", best_sets.RECIPES)
+def test_a_stored_set_is_shipped_and_its_recipe_made_it(name):
+    distilled = Results(RESULTS / "best").load_set(name, best_sets.protocol(name))
+    recipe = best_sets.RECIPES[name]
+    factor = recipe.get("factor", 1)
+    assert (distilled.steps, distilled.epochs) == (recipe["steps"], recipe["epochs"])
+    assert distilled.labels.shape[1] == 10 * recipe["per_class"]
+    assert getattr(distilled, "factor", 1) == factor
+    assert distilled.images.shape[1] * factor**2 == distilled.labels.shape[1]
+    assert distilled.optimizer == recipe["inner"].get("optimizer", "SGD")
+    assert distilled.momentum == recipe["inner"].get("momentum", 0.0)
+    ipc = distilled.steps * distilled.images.shape[1] // 10
+    assert f"-ipc{ipc}-" in name

@@ -1,0 +1,121 @@
+"""Sets that override `decode`: evaluation, training from scratch, saving and loading all see the same images."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import distill_utils as du
+from study.evaluation import train_from_scratch
+from study.parametrizations import Augmented, LowResolution, augment, augmented
+
+
+class Linear(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.fixture
+def low(toy) -> LowResolution:
+    """2 steps × 3 images, stored at 2×2 and seen at 4×4."""
+    return LowResolution.from_images(*du.init_from_real(toy, steps=2), stored=2, epochs=3, step_size=0.1)
+
+
+def test_low_resolution_is_stored_small_and_seen_large(toy, low):
+    images, _ = du.init_from_real(toy, steps=2)
+    assert low.images.shape == (2, 3, 1, 2, 2)
+    assert low.decode().shape == images.shape
+    seen = [update[0] for update in low.schedule()]
+    for step, image in zip(low.images, seen[:2], strict=True):
+        assert torch.equal(F.interpolate(step, size=(4, 4), mode="bilinear"), image)
+    assert torch.equal(seen[0], seen[2])
+    du.outer_loss(Linear(), low, toy.train).backward()
+    assert low.images.grad.shape == low.images.shape
+    assert low.images.grad.abs().max() > 0
+
+
+def test_low_resolution_stores_14_by_14_by_default():
+    low = LowResolution.from_images(torch.randn(1, 2, 1, 28, 28), torch.eye(2)[None])
+    assert low.images.shape[-2:] == (14, 14)
+    assert low.decode().shape[-2:] == (28, 28)
+
+
+@pytest.mark.parametrize("kind", ["low", "augmented"])
+def test_a_saved_set_is_loaded_as_the_same_set(toy, low, tmp_path, kind):
+    distilled = low if kind == "low" else Augmented(*du.init_from_real(toy, steps=2), epochs=3, step_size=0.1)
+    distilled.save(tmp_path / "set.safetensors", dataset=toy)
+    loaded = du.DistilledSet.load(tmp_path / "set.safetensors")
+    assert type(loaded) is type(distilled)
+    for name in ("images", "labels"):
+        assert torch.equal(getattr(loaded, name), getattr(distilled, name))
+    torch.testing.assert_close(loaded.step_sizes, distilled.step_sizes)
+    seen = []
+    for each in (distilled, loaded):
+        with du.seeded(5):
+            seen.append([update[0] for update in each.schedule()])
+    assert all(map(torch.equal, *seen))
+    values = [du.evaluate(each, toy.test, Linear, networks=3).values for each in (distilled, loaded)]
+    assert torch.equal(*values)
+
+
+def test_training_from_scratch_sees_the_decoded_images(toy, low):
+    """It used to train on the stored ones, which networks for images of full size cannot read."""
+    plain = du.DistilledSet(low.decode().detach(), low.labels)
+    values = [train_from_scratch(each, toy.test, Linear, networks=3, epochs=4).values for each in (low, plain)]
+    assert torch.equal(*values)
+    flipped = LowResolution(low.images.detach().flip(0), low.labels, size=[4, 4])
+    assert torch.equal(flipped.decode(), low.decode().flip(0))
+
+
+def test_augmentation_samples_a_transform_for_every_step_and_call(toy):
+    images, labels = du.init_from_real(toy, steps=1)
+    distilled = Augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
+    first, second = distilled.decode(), distilled.decode()
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])  # of equal images
+    with du.seeded(1):
+        one = distilled.decode()
+    with du.seeded(1):
+        assert torch.equal(distilled.decode(), one)
+    seen = [update[0] for update in distilled.schedule()]
+    assert torch.equal(seen[0], seen[2])  # the epochs of an unroll see the same images
+    du.outer_loss(Linear(), distilled, toy.train).backward()
+    assert distilled.images.grad.abs().max() > 0
+
+
+def test_making_an_augmented_set_leaves_the_random_state_alone(toy):
+    images, labels = du.init_from_real(toy, steps=1)
+    state = torch.get_rng_state()
+    Augmented(images, labels)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_image_moves_on_its_own_background():
+    black = -0.4
+    images = torch.full((3, 1, 12, 12), black)
+    images[:, :, 5:7, 5:7] = 2.0
+    moved = augment(images, black=black)
+    torch.testing.assert_close(moved[..., 0, 0], torch.full((3, 1), black))
+    assert moved.max() > 1
+    torch.testing.assert_close(moved[0], moved[2])  # all in one way
+
+
+def test_augmented_copies_differ_and_repeat():
+    images = torch.randn(2, 1, 12, 12)
+    copies = augmented(images, black=0.0, copies=3)
+    assert copies.shape == (6, 1, 12, 12)
+    assert len({float(copy.sum()) for copy in copies}) == 6
+    assert torch.equal(copies, augmented(images, black=0.0, copies=3))
+    assert copies.new_tensor([copies[0::2].std(), copies[1::2].std()]).min() > 0.3  # in the order of the images
+
+
+def test_sizes_that_are_none_are_named(toy):
+    images, labels = du.init_from_real(toy, steps=1)
+    with pytest.raises(ValueError, match=r"size=\[28\]: give a height and a width"):
+        LowResolution(images, labels, size=[28])
+    with pytest.raises(ValueError, match="width=0: give a whole number of at least 1"):
+        LowResolution(images, labels, size=[4, 0])
+    with pytest.raises(ValueError, match="stored=0: give a whole number of at least 1"):
+        LowResolution.from_images(images, labels, stored=0)
+    with pytest.raises(ValueError, match="copies=0: give a whole number of at least 1"):
+        augmented(images[0], black=0.0, copies=0)

@@ -1,0 +1,123 @@
+"""Tables, figures and cards are computed from the stored results."""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+import distill_utils as du
+from study import __main__ as command
+from study import ablation, best_sets, paper, report
+from study.records import RESULTS, TABLES, Results
+
+DISTILLED = Path(du.__file__).with_name("distilled")
+OLD_WORDS = (
+    r"(?i)\b(unknown|known init\w*|tiles?|tiled|retrain\w*|as distilled|learned labels|in company|shaken|coarse)\b"
+)
+
+
+def write_results(folder: Path, accuracies: list[tuple]) -> Results:
+    folder.mkdir(parents=True)
+    pd.DataFrame(accuracies, columns=TABLES["accuracies"]).to_csv(folder / "accuracies.csv", index=False)
+    return Results(folder)
+
+
+def test_a_table_leaves_out_columns_that_are_empty_throughout():
+    table = report.markdown_table(["set", "reported", "here"], [["ten", "", 81.9], ["hundred", "", ""]])
+    assert table == "| set | here |\n| --- | --- |\n| ten | 81.9 |\n| hundred |  |"
+
+
+def test_the_table_is_computed_from_the_stored_accuracies(tmp_path):
+    values = {0: (80.0, 82.0), 1: (84.0, 86.0)}
+    lines = [
+        (f"random-noise-seed{seed}", "unseen initializations", 0, network, value)
+        for seed, pair in values.items()
+        for network, value in enumerate(pair)
+    ]
+    results = write_results(tmp_path / "paper", lines)
+    (line,) = [line for line in report.paper_table(results, "random-noise").splitlines() if "from noise" in line]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2:6] == ["79.5 ± 8.1", "83.0 ± 2.6%", "+3.5", "2 sets, 2 networks each; means 81.0 to 85.0"]
+    with pytest.raises(ValueError, match="no 'fixed initialization' of 'fixed-10'; run python -m study paper"):
+        report.paper_table(results, "fixed-10")
+
+
+def test_a_name_that_begins_like_another_is_not_confused_with_it(tmp_path):
+    lines = [
+        ("fixed-10-seed0", "fixed initialization", 0, 0, 90.0),
+        ("fixed-100-seed0", "fixed initialization", 0, 0, 50),
+    ]
+    assert write_results(tmp_path / "paper", lines).values("fixed-10", "fixed") == [[90.0]]
+
+
+@pytest.mark.parametrize("part", command.PARTS)
+def test_the_stored_reports_are_those_of_the_stored_results(part):
+    results = Results(RESULTS / part)
+    assert set(results.runs.experiment) == set(results.accuracies.experiment)
+    missing = set(command.PARTS[part]) ^ set(results.runs.experiment)
+    assert all(name.startswith("controls-") for name in missing)  # which take hours
+    assert set(results.sets.experiment) <= set(results.runs.experiment)
+    text = (results.folder / "summary.md").read_text()
+    for table in report.tables(part, results):
+        assert table in text
+    assert not re.search(OLD_WORDS, text)
+    for draw in report.FIGURES[part]:
+        width, _ = draw(results).get_size_inches()
+        picture = plt.imread(results.folder / f"{draw.__name__.removeprefix('draw_')}.png")
+        assert picture.shape[1] == pytest.approx(150 * width, abs=1)
+        plt.close("all")
+
+
+def test_every_stored_accuracy_is_there():
+    tables = {part: Results(RESULTS / part).accuracies for part in command.PARTS}
+    counts = {part: (~table.experiment.str.startswith("controls-")).sum() for part, table in tables.items()}
+    assert counts == {"paper": 6963, "ablation": 1500, "best": 1956}
+
+
+def test_every_stored_set_of_the_paper_loads():
+    results = Results(RESULTS / "paper")
+    files = {path.name for path in results.folder.glob("*.safetensors")}
+    assert set(results.sets.file) == files
+    for line in results.sets.drop_duplicates("file").itertuples():
+        assert results.load_set(line.experiment, line.row, number=line.set).updates > 0
+
+
+def test_a_stored_set_trains_networks_as_stored(mnist_root):
+    """The first two of the two hundred networks behind a main accuracy, trained and tested again."""
+    results = Results(RESULTS / "paper")
+    distilled = results.load_set("random-real-seed0", "unseen initializations")
+    mnist = du.load_mnist(mnist_root, device="cpu")
+    found = du.evaluate(distilled, mnist.test, du.LeNet, networks=2).values
+    stored = results.values("random-real-seed0", "unseen initializations")
+    assert found.tolist() == pytest.approx(stored[0][:2], abs=0.5)
+
+
+@pytest.mark.parametrize("name", best_sets.RECIPES)
+def test_a_card_says_what_a_user_wants_to_know(name):
+    results = Results(RESULTS / "best")
+    text = report.card(name, DISTILLED / f"{name}.safetensors", results)
+    assert text.startswith(f"# {name}\n")
+    for wanted in ("learned schedule", "normalization", "pixel range", "augmentation", "k-means centers, true labels",
+                   f'du.load("{name}")', f"python -m study best --only {name}", "seed 10000"):  # fmt: skip
+        assert wanted in text
+    assert str(results.pooled(name, best_sets.protocol(name))) in text.split("```")[0]
+    assert not re.search(OLD_WORDS, text)
+    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], name, "exec")
+
+
+def test_the_headline_has_controls():
+    table = report.headline_table(Results(RESULTS / "paper"), Results(RESULTS / "best"))
+    assert "| 100 images, factor 2, from scratch |  | 95.7 ± 0.5% | 89.4 ± 0.5% | 87.4 ± 1.2% |" in table
+    assert "(Wang et al.) | 83.2 ± 1.8% | 69.0 ± 4.7% | 79.9 ± 4.6% |" in table
+
+
+def test_the_ablation_pairs_each_technique_with_its_absence():
+    assert report.with_and_without("adam", "add-to-best") == ("add-to-best-none", "leave-one-out-adam")
+    assert report.with_and_without("adam", "add-one") == ("add-one-adam", "add-one-none")
+    assert report.with_and_without("momentum", "add-to-best") is None
+    table = report.ablation_table(Results(RESULTS / "ablation"), "adam")
+    assert "| inner Adam | 60.1 ± 8.3% | 62.8 ± 7.5% | +2.7 | 26 | 78.3 ± 2.7% | 85.2 ± 1.6% | +6.9 | 27 |" in table
+    assert set(ablation.LEFT_OUT) <= set(ablation.TECHNIQUES)
+    assert not set(paper.EXPERIMENTS) & {*ablation.EXPERIMENTS, *best_sets.EXPERIMENTS}

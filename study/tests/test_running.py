@@ -1,0 +1,632 @@
+"""Runs that survive: checkpoints, interrupts, several processes, safe files."""
+
+import dataclasses
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distill_utils as du
+from study import running
+from study.parametrizations import Augmented
+from study.tests.conftest import Smooth, make_toy
+from study.truncation import Checkpointed, NetworkPool, RandomWindow
+
+ROOT = Path(du.__file__).parent
+OPTIONS = {"iterations": 12, "networks": 2, "batch_size": 16, "validate_every": 5, "progress": False, "seed": 3}
+TESTED = {"validation_networks": 2}
+
+
+def make_set(dataset: du.Dataset, seed: int = 0, **options) -> du.DistilledSet:
+    images, labels = du.init_from_noise(dataset, steps=2, seed=seed)
+    return du.DistilledSet(images, labels, **{"epochs": 2, "step_size": 0.2, **options})
+
+
+def assert_same(first: du.DistilledSet, second: du.DistilledSet) -> None:
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+class Failing:
+    """An inner loop that does something else in call number `at`, as an object with a state of its own."""
+
+    def __init__(self, at: int, action) -> None:
+        self.calls, self._at, self._action = 0, at, action
+
+    def __call__(self, network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
+        self.calls += 1
+        if self.calls == self._at:
+            self._action()
+        return du.unroll(network, distilled)
+
+    def state_dict(self) -> dict:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.calls = state["calls"]
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)  # as Jupyter's stop button does, too
+
+
+def interrupt(distilled: du.DistilledSet, dataset: du.Dataset, at: int, **options) -> None:
+    """Runs until Ctrl-C in iteration number `at`, counted from 1."""
+    with pytest.raises(KeyboardInterrupt):
+        running.distill(distilled, dataset, Smooth, unroll=Failing(at, press_ctrl_c), **{**OPTIONS, **options})
+
+
+def test_it_does_what_the_core_does(toy, tmp_path):
+    expected, found = make_set(toy), make_set(toy)
+    history = du.distill(expected, toy, Smooth, **OPTIONS)
+    again = running.distill(found, toy, Smooth, checkpoint=tmp_path / "run.pt", **OPTIONS)
+    assert_same(expected, found)
+    assert (again.loss, again.iterations, again.accuracy) == (history.loss, history.iterations, history.accuracy)
+
+
+# ------------------------------------------------------------------------------------------ resuming
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    ("options", "make_unroll"),
+    [
+        ({}, lambda: du.unroll),
+        ({"soft_labels": True, "momentum": 0.5}, lambda: RandomWindow(2, seed=3)),
+        ({"momentum": 0.5}, lambda: NetworkPool(3, window=2)),
+        ({"optimizer": "Adam"}, lambda: NetworkPool(2, window=1)),
+    ],
+    ids=["plain", "window", "pool", "pool-adam"],
+)
+@pytest.mark.parametrize("killed_at", [15, 36, 41])  # networks drawn: in an iteration, a validation, near the end
+def test_a_killed_run_resumes_to_the_bit_identical_result(toy, tmp_path, options, make_unroll, killed_at):
+    path, whole = tmp_path / "run.pt", make_set(toy, **options)
+    expected = running.distill(whole, toy, Smooth, unroll=make_unroll(), **OPTIONS)
+    drawn = []
+
+    def dying():
+        drawn.append(1)
+        if len(drawn) == killed_at:
+            raise Killed
+        return Smooth()
+
+    with pytest.raises(Killed):
+        running.distill(make_set(toy, **options), toy, dying, unroll=make_unroll(), checkpoint=path, **OPTIONS)
+    resumed = make_set(toy, **options)
+    history = running.distill(resumed, toy, Smooth, unroll=make_unroll(), checkpoint=path, **OPTIONS)
+    assert_same(resumed, whole)
+    assert (history.loss, history.iterations) == (expected.loss, expected.iterations)
+    assert history.accuracy == expected.accuracy
+    assert all(map(torch.equal, history.images, expected.images))
+    drawn.clear()
+    again = running.distill(make_set(toy, **options), toy, Smooth, unroll=make_unroll(), checkpoint=path, **OPTIONS)
+    assert again.loss == expected.loss, "a finished run is returned as it is"
+
+
+def test_a_set_that_decodes_at_random_resumes_bit_identically(toy, tmp_path):
+    def make_augmented():
+        images, labels = du.init_from_noise(toy, steps=2)
+        return Augmented(images, labels, step_size=0.2)
+
+    whole, resumed, path = make_augmented(), make_augmented(), tmp_path / "run.pt"
+    expected = running.distill(whole, toy, Smooth, unroll=Failing(0, None), **OPTIONS)
+    interrupt(make_augmented(), toy, 7, checkpoint=path)
+    torch.rand(3)  # whatever else takes random numbers
+    history = running.distill(resumed, toy, Smooth, unroll=Failing(0, None), checkpoint=path, **OPTIONS)
+    assert history.loss == expected.loss
+    assert_same(resumed, whole)
+
+
+def distill_digits(checkpoint: Path) -> du.DistilledSet:
+    """A short run on one thread, whatever process it is in: other thread counts may add numbers in another order."""
+    torch.set_num_threads(1)
+    digits = du.load_digits(device="cpu")
+    distilled = du.DistilledSet(*du.init_from_noise(digits, steps=1))
+    options = {"iterations": 40, "batch_size": 16, "validate_every": 5, "validation_networks": 1, "progress": False}
+    running.distill(distilled, digits, du.LeNet, checkpoint=checkpoint, **options)
+    return distilled
+
+
+def test_a_process_killed_outright_resumes(tmp_path):
+    """SIGKILL in the middle of a run, then the same call in this process."""
+    code = "import pathlib, sys, study.tests.test_running as t; t.distill_digits(pathlib.Path(sys.argv[1]))"
+    path = tmp_path / "run.pt"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
+    while not (path.exists() and running.read_checkpoint(path)["state"]["iteration"] >= 5):
+        assert process.poll() is None, "it ended before its time"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(120) == -signal.SIGKILL
+
+    threads = torch.get_num_threads()
+    try:
+        assert_same(distill_digits(path), distill_digits(tmp_path / "whole.pt"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------- other runs
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    path, toy = tmp_path_factory.mktemp("finished") / "run.pt", make_toy()
+    running.distill(make_set(toy), toy, Smooth, checkpoint=path, iterations=2, batch_size=16, progress=False, **TESTED)
+    return path
+
+
+class Relu(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Doubled(Smooth):
+    """The same layers and weights as Smooth, and another result."""
+
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
+Doubled.__name__ = "Smooth"
+
+
+def zeros() -> nn.Module:
+    network = Smooth()
+    nn.init.zeros_(network[3].weight)
+    return network
+
+
+def other_pixels(dataset: du.Dataset) -> du.Dataset:
+    images = dataset.train.images.clone()
+    images[7, 0, 3, 3] += 0.05 / dataset.std
+    return dataclasses.replace(dataset, train=du.Split(images, dataset.train.labels))
+
+
+def other_labels(dataset: du.Dataset) -> du.Dataset:
+    labels = dataset.validation.labels.clone()
+    labels[:2] = labels[:2].flip(0)
+    return dataclasses.replace(dataset, validation=du.Split(dataset.validation.images, labels))
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        (r"images: \[2, 3, 1, 4, 4\] \w+ there, \[2, 3, 1, 4, 4\] \w+ here", {"set": {"seed": 1}}),
+        (r"step_size: 0.2 for 4 updates there, 0.21 for 4 updates here", {"set": {"step_size": 0.21}}),
+        (r"epochs: 2 there, 3 here", {"set": {"epochs": 3, "step_size": 0.2}}),
+        (r"momentum: 0.0 there, 0.5 here", {"set": {"momentum": 0.5}}),
+        (r"inner_optimizer: SGD there, Adam here", {"set": {"optimizer": "Adam"}}),
+        (r"label_scores: none there", {"set": {"soft_labels": True}}),
+        (r"network: Smooth \w+ there, Relu \w+ here", {"network": Relu}),
+        (r"initialization: .* there, .* here", {"network": zeros}),
+        (r"initialization: ", {"network": du.fixed_initialization(Smooth, seed=1)}),
+        (r"initialization: ", {"network": Doubled}),
+        (r"dataset: toy 60\+30 \w+ there, toy 60\+30 \w+ here", {"dataset": other_pixels}),
+        (r"dataset: ", {"dataset": other_labels}),
+        (r"iterations: 2 there, 3 here", {"iterations": 3}),
+        (r"batch_size: 16 there, 8 here", {"batch_size": 8}),
+        (r"networks: 1 there, 2 here", {"networks": 2}),
+        (r"learning_rate: 0.03 there, 0.02 here", {"learning_rate": 0.02}),
+        (r"step_size_learning_rate: 0.01 there, 0 here", {"step_size_learning_rate": 0}),
+        (r"clip: 2 there, inf here", {"clip": float("inf")}),
+        (r"seed: 0 there, 1 here", {"seed": 1}),
+        (r"validate_every: 100 there, 1 here", {"validate_every": 1}),
+        (r"validation_networks: 2 there, 1 here", {"validation_networks": 1}),
+        (r"unroll: unroll there, RandomWindow\(length=2, seed=0\) here", {"unroll": RandomWindow(2)}),
+        (r"unroll: unroll there, NetworkPool\(size=3, window=2\) here", {"unroll": NetworkPool(3, window=2)}),
+        (r"unroll: unroll there, Checkpointed\(segment=2\) here", {"unroll": Checkpointed(2)}),
+        (r"unroll: unroll there, Failing\(\) here", {"unroll": Failing(1, None)}),
+    ],
+)
+def test_the_checkpoint_of_another_run_is_refused(toy, finished, named, change):
+    change = dict(change)
+    distilled, network = make_set(toy, **change.pop("set", {})), change.pop("network", Smooth)
+    dataset = change.pop("dataset", lambda same: same)(toy)
+    before = finished.read_bytes()
+    options = {"iterations": 2, "batch_size": 16, "progress": False, **TESTED, **change}
+    with pytest.raises(ValueError, match=rf"belongs to another run \((.*; )?{named}.*name another file or delete it"):
+        running.distill(distilled, dataset, network, checkpoint=finished, **options)
+    assert finished.read_bytes() == before
+
+
+def test_a_fixed_initialization_is_told_from_random_ones_whatever_its_seed(toy):
+    def start(make_network):
+        run = du.Distillation(make_set(toy), toy, make_network, iterations=1)
+        return running.describe_start(run)["initialization"]
+
+    with du.seeded(1811, 10959):
+        seed = torch.initial_seed()  # the first network is that of a fixed initialization
+    assert not torch.allclose(start(Smooth), start(du.fixed_initialization(Smooth, seed=seed)))
+    assert torch.equal(start(Smooth), start(lambda: Smooth()))
+
+
+def test_inner_loops_are_told_apart():
+    def local(factor):
+        return lambda network, distilled: du.unroll(network, distilled) if factor else None
+
+    descriptions = [
+        running.describe(each)
+        for each in (du.unroll, local(1), local(2), lambda *given: du.unroll(*given), Failing(1, None),
+                     functools.partial(du.unroll, differentiable=True), RandomWindow(2), RandomWindow(3))
+    ]  # fmt: skip
+    assert len(set(descriptions)) == len(descriptions)
+    assert not any("0x" in each for each in descriptions)
+    assert running.describe(local(1)) == running.describe(local(1))
+    used = RandomWindow(2)
+    used.calls = 7
+    assert running.describe(used) == running.describe(RandomWindow(2))
+
+
+def test_numbers_of_any_kind_are_the_same_option(toy, finished):
+    np = pytest.importorskip("numpy")
+    options = {"iterations": np.int64(2), "batch_size": np.int32(16), "learning_rate": np.float64(0.03)}
+    history = running.distill(make_set(toy), toy, Smooth, checkpoint=finished, progress=False, **options, **TESTED)
+    assert len(history.loss) == 2
+
+
+def test_a_rounding_of_mean_and_images_is_the_same_run(toy, finished):
+    """As by another number of threads, under torchrun for instance: 1e-7 of everything."""
+    train, validation = (du.Split(split.images * (1 + 1e-7), split.labels) for split in (toy.train, toy.validation))
+    rounded = dataclasses.replace(toy, mean=toy.mean * (1 + 1e-7), train=train, validation=validation)
+    distilled = make_set(toy)
+    distilled.images.data *= 1 + 1e-7
+    options = {"iterations": 2, "batch_size": 16, "progress": False, **TESTED}
+    assert len(running.distill(distilled, rounded, Smooth, checkpoint=finished, **options).loss) == 2
+
+
+# ------------------------------------------------------------------------------------------- damages
+def flip(position: float):
+    def damage(data: bytes) -> bytes:
+        at = int(position * (len(data) - 1))
+        return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+
+    return damage
+
+
+def without(*names: str):
+    def damage(data: bytes) -> bytes:
+        content = running.unpack(data[len(running.HEADER) + 32 :])
+        inner = content
+        for name in names[:-1]:
+            inner = inner[name]
+        del inner[names[-1]]
+        return sign(running.pack(content))
+
+    return damage
+
+
+def sign(payload: bytes) -> bytes:
+    return running.HEADER + running.hashlib.sha256(payload).digest() + payload
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "one byte": lambda data: data[:1],
+    "header alone": lambda data: data[: len(running.HEADER)],
+    "cut in half": lambda data: data[: len(data) // 2],
+    "last byte lost": lambda data: data[:-1],
+    "a byte more": lambda data: data + b"\0",
+    **{f"bit flipped at {at}": flip(at) for at in (0, 0.003, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999, 1)},
+    "4 KB zeroed": lambda data: data[:4096] + bytes(4096) + data[8192:],
+    "all zeros": lambda data: bytes(len(data)),
+    "junk": lambda data: bytes(range(256)) * 40,
+    "text": lambda data: b"not a checkpoint\n",
+    "a pickle": lambda data: pickle.dumps({"settings": {}, "state": {}}),
+    "a signed pickle of code": lambda data: sign(pickle.dumps(os.getcwd, 2)),
+    "signed junk": lambda data: sign(b"junk"),
+    "signed list": lambda data: sign(running.pack([1, 2])),
+    "no settings": without("settings"),
+    "no state": without("state"),
+    "no unroll": without("unroll"),
+    "no iteration": without("state", "iteration"),
+    "no set": without("state", "distilled"),
+    "another torch file": lambda data: running.pack({"weights": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_every_damage_is_refused(toy, finished, tmp_path, damage):
+    path = tmp_path / "run.pt"
+    path.write_bytes(damage(finished.read_bytes()))
+    distilled = make_set(toy)
+    options = {"iterations": 2, "batch_size": 16, "progress": False, **TESTED}
+    with pytest.raises(ValueError, match=r"run.pt': no checkpoint of distill; delete it or name another"):
+        running.distill(distilled, toy, Smooth, checkpoint=path, **options)
+    assert_same(distilled, make_set(toy))
+
+
+# ---------------------------------------------------------------------------------------- interrupts
+def test_ctrl_c_finishes_the_iteration_and_the_same_call_goes_on(toy, tmp_path, capsys):
+    path, whole, distilled = tmp_path / "run.pt", make_set(toy), make_set(toy)
+    expected = running.distill(whole, toy, Smooth, unroll=Failing(0, None), **OPTIONS)
+    interrupt(distilled, toy, 7, checkpoint=path)
+    assert capsys.readouterr().out == (
+        f"Interrupted after 7 of 12 iterations: the same call, with checkpoint='{path}', goes on from there.\n"
+    )
+    assert running.read_checkpoint(path)["state"]["iteration"] == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    copies = [make_set(toy), distilled]  # a set made anew, and, in a notebook, the one that was interrupted
+    data = path.read_bytes()
+    for given in copies:
+        path.write_bytes(data)
+        history = running.distill(given, toy, Smooth, unroll=Failing(0, None), checkpoint=path, **OPTIONS)
+        assert_same(given, whole)
+        assert history.loss == expected.loss
+        assert history.iterations == expected.iterations
+
+
+def test_ctrl_c_without_a_checkpoint_keeps_what_was_learned_and_stops_a_loop(toy, capsys):
+    sets = [make_set(toy, seed=seed) for seed in range(3)]
+    seen = []
+
+    def loop():
+        for seed, distilled in enumerate(sets):
+            seen.append(seed)
+            unroll = Failing(4 if seed == 1 else 0, press_ctrl_c)
+            running.distill(distilled, toy, Smooth, unroll=unroll, **OPTIONS)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    assert seen == [0, 1]
+    assert "after 4 of 12 iterations: the distilled set keeps what it has learned" in capsys.readouterr().out
+    assert not torch.equal(sets[1].images, make_set(toy, seed=1).images)
+
+
+def test_ctrl_c_in_the_last_iteration_or_validation_is_not_lost(toy, tmp_path):
+    path, whole = tmp_path / "run.pt", make_set(toy)
+    running.distill(whole, toy, Smooth, **OPTIONS)
+    interrupt(make_set(toy), toy, 12, checkpoint=path)
+    drawn = []
+
+    def interrupting():
+        drawn.append(1)
+        if len(drawn) == 5:  # three are looked at for the checkpoint
+            press_ctrl_c()
+        return Smooth()
+
+    distilled, options = make_set(toy), {**OPTIONS, "checkpoint": path}
+    with pytest.raises(KeyboardInterrupt):
+        running.distill(distilled, toy, interrupting, unroll=Failing(0, None), **options)
+    assert_same(distilled, whole)
+    assert running.read_checkpoint(path)["state"]["history"]["iterations"] == [0, 5, 10, 12]
+    assert len(running.distill(make_set(toy), toy, Smooth, unroll=Failing(0, None), **options).loss) == 12
+
+
+def test_a_second_ctrl_c_interrupts_at_once(toy, tmp_path):
+    path = tmp_path / "run.pt"
+    reached = []
+
+    def twice():
+        press_ctrl_c()
+        reached.append(1)
+        press_ctrl_c()
+        reached.append(2)
+
+    distilled = make_set(toy)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        running.distill(distilled, toy, Smooth, unroll=Failing(7, twice), checkpoint=path, **OPTIONS)
+    assert reached == [1]
+    assert not isinstance(caught.value, running.Interrupted)
+    assert running.read_checkpoint(path)["state"]["iteration"] == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_it_runs_outside_the_main_thread(toy, tmp_path):
+    distilled, options = make_set(toy), {**OPTIONS, "checkpoint": tmp_path / "run.pt"}
+    thread = threading.Thread(target=running.distill, args=(distilled, toy, Smooth), kwargs=options)
+    thread.start()
+    thread.join()
+    assert running.read_checkpoint(tmp_path / "run.pt")["state"]["iteration"] == 12
+
+
+def test_a_process_that_ignores_ctrl_c_keeps_ignoring_it(toy):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a job in the background of a script
+    try:
+        running.distill(make_set(toy), toy, Smooth, unroll=Failing(2, press_ctrl_c), **OPTIONS)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_divergence_leaves_the_last_good_iteration_and_checkpoint(toy, tmp_path):
+    path, good, distilled = tmp_path / "run.pt", make_set(toy), make_set(toy)
+    interrupt(good, toy, 7)
+
+    def diverge():
+        hook = distilled.images.register_hook(lambda gradient: gradient * float("nan"))
+        cleanup.append(hook.remove)
+
+    cleanup = []
+    with pytest.raises(FloatingPointError, match="not finite at iteration 7"):
+        running.distill(distilled, toy, Smooth, unroll=Failing(8, diverge), checkpoint=path, **OPTIONS)
+    assert_same(distilled, good)
+    assert running.read_checkpoint(path)["state"]["iteration"] == 5
+    cleanup[0]()
+    whole, resumed = make_set(toy), make_set(toy)
+    running.distill(whole, toy, Smooth, **OPTIONS)
+    running.distill(resumed, toy, Smooth, unroll=Failing(0, None), checkpoint=path, **OPTIONS)
+    assert_same(resumed, whole)
+
+
+# --------------------------------------------------------------------------------------------- files
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, synced, sync = tmp_path / "new" / "file", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), sync(descriptor)))
+    with running.write_safely(path) as partial:
+        assert partial.parent == path.parent
+        partial.write_text("first")
+    assert path.read_text() == "first"
+    assert len(synced) == 2, "the file and its folder"
+    with pytest.raises(Killed), running.write_safely(path) as partial:  # noqa: PT012
+        partial.write_text("half of it")
+        raise Killed
+    assert path.read_text() == "first"
+    assert [each.name for each in path.parent.iterdir()] == ["file"]
+
+
+def test_checkpoints_that_cannot_be_written_are_named_before_any_work(toy, tmp_path):
+    def no_network():
+        pytest.fail("work had begun")
+
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "run.pt"
+    for path, reason in ((tmp_path, "is a folder; name a file in it"), (below, r"cannot be written .*can write to")):
+        with pytest.raises(ValueError, match=f"checkpoint='{path}': {reason}"):
+            running.distill(make_set(toy), toy, no_network, checkpoint=path, **OPTIONS)
+    with pytest.raises(ValueError, match=f"checkpoint='{os.devnull}': is no regular file; name another"):
+        running.distill(make_set(toy), toy, no_network, checkpoint=os.devnull, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["validate_every", "validation_networks", "iterations", "networks", "batch_size"])
+def test_bad_options_are_named_before_any_work(toy, tmp_path, name):
+    def no_network():
+        pytest.fail("work had begun")
+
+    with pytest.raises(ValueError, match=f"{name}=0: give a whole number"):
+        running.distill(make_set(toy), toy, no_network, checkpoint=tmp_path / "run.pt", **{**OPTIONS, name: 0})
+
+
+# ----------------------------------------------------------------------------------------- processes
+JOB = {"batch_size": 16, "validate_every": 2, "validation_networks": 2, "progress": False, "seed": 3}
+
+
+def in_a_job(rank: int, folder: Path) -> None:
+    """One of two processes, which keeps what the tests below look at."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    toy, kept = make_toy(), {}
+    once = make_set(toy, seed=rank)  # all start from what the first one has
+    running.distill(once, toy, Smooth, iterations=1, **JOB)
+    kept["gradients"] = [once.images.grad, once.raw_step_sizes.grad]
+
+    whole, pool = make_set(toy), NetworkPool(3, window=2)
+    history = running.distill(whole, toy, Smooth, iterations=6, unroll=pool, checkpoint=folder / "whole.pt", **JOB)
+    kept |= {"set": whole.state_dict(), "history": vars(history), "pool": pool.state_dict()}
+
+    at = 3 if rank == 1 else 0  # Ctrl-C reaches one of them
+    half, options = make_set(toy), {**JOB, "iterations": 6, "checkpoint": folder / "half.pt"}
+    pool = NetworkPool(3, window=2)
+
+    class Interrupting(NetworkPool):
+        __repr__ = NetworkPool.__repr__
+
+        def __call__(self, network, distilled):
+            if self.calls + 1 == at:
+                press_ctrl_c()
+            return super().__call__(network, distilled)
+
+    Interrupting.__qualname__ = "NetworkPool"
+    try:
+        running.distill(half, toy, Smooth, unroll=Interrupting(3, window=2), **options)
+    except running.Interrupted as error:
+        kept["interrupted"] = str(error)
+    torch.distributed.barrier()
+    (folder / "of_two.pt").write_bytes((folder / "half.pt").read_bytes())
+    pool, resumed = NetworkPool(3, window=2), make_set(toy)
+    running.distill(resumed, toy, Smooth, unroll=pool, **options)
+    kept |= {"resumed": resumed.state_dict(), "resumed pool": pool.state_dict()}
+
+    try:
+        running.distill(make_set(toy), toy, Smooth, unroll=pool, **{**options, "seed": 4})
+    except ValueError as error:
+        kept["refused"] = str(error)
+    try:  # only the first process finds it
+        running.distill(make_set(toy), toy, Smooth, iterations=2, checkpoint=folder if rank == 0 else None, **JOB)
+    except ValueError as error:
+        kept["folder"] = str(error)
+    torch.distributed.barrier()
+    torch.save(kept, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("job")
+    torch.multiprocessing.spawn(in_a_job, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(job) -> list[dict]:
+    return [torch.load(job / f"{rank}.pt") for rank in (0, 1)]
+
+
+def equal(first: object, second: object) -> bool:
+    """Whether two states have equal values."""
+    if torch.is_tensor(first):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[name], second[name]) for name in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def test_two_processes_take_the_mean_of_their_gradients(kept):
+    gradients = []
+    for rank in (0, 1):
+        run = du.Distillation(make_set(make_toy()), make_toy(), Smooth, iterations=1, batch_size=16, seed=3)
+        run.rank = rank
+        run.compute_gradient()
+        gradients.append([run.distilled.images.grad, run.distilled.raw_step_sizes.grad])
+    assert not torch.allclose(gradients[0][0], gradients[1][0])
+    for each in kept:
+        for found, *both in zip(each["gradients"], *gradients, strict=True):
+            torch.testing.assert_close(found, (both[0] + both[1]) / 2)
+
+
+def test_two_processes_have_one_set_and_pools_of_their_own(kept):
+    first, second = kept
+    assert equal(first["set"], second["set"])
+    assert first["history"]["loss"] == second["history"]["loss"]
+    assert first["history"]["iterations"] == [0, 2, 4, 6]
+    assert second["history"]["accuracy"] == [], "the first process alone validates"
+    assert not equal(first["pool"], second["pool"])
+
+
+def test_an_interrupted_job_resumes_bit_identically_each_process_with_its_pool(kept):
+    for each in kept:
+        assert each["interrupted"] == "after 3 of 6 iterations"
+        assert equal(each["resumed"], each["set"])
+        assert equal(each["resumed pool"], each["pool"])
+
+
+def test_all_processes_refuse_what_the_first_refuses(kept):
+    for each in kept:
+        assert "belongs to another run (seed: 3 there, 4 here)" in each["refused"]
+        assert "is a folder" in each["folder"]
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two(job, kept, tmp_path):
+    path, distilled, pool = tmp_path / "run.pt", make_set(make_toy()), NetworkPool(3, window=2)
+    path.write_bytes((job / "of_two.pt").read_bytes())
+    options = {**JOB, "iterations": 6, "checkpoint": path, "unroll": pool}
+    history = running.distill(distilled, make_toy(), Smooth, **options)
+    assert len(history.loss) == 6
+    assert history.loss[:3] == kept[0]["history"]["loss"][:3]
+    assert history.iterations == [0, 2, 4, 6]
+    assert pool.calls == 6
+
+
+def test_a_process_without_a_saved_pool_starts_an_empty_one(job, monkeypatch):
+    """A third process, here without the other two."""
+    pool = NetworkPool(3, window=2)
+    options = {**JOB, "iterations": 6, "unroll": pool, "checkpoint": job / "of_two.pt"}
+    run = running.Run(make_set(make_toy()), make_toy(), Smooth, **options)
+    for rank, calls in ((2, 0), (1, 3)):
+        run.distillation.rank = rank
+        run.resume()
+        assert run.distillation.iteration == 3
+        assert pool.calls == calls

@@ -1,0 +1,344 @@
+"""Random windows, network pools and gradient checkpointing, against computations that share no code with them."""
+
+import gc
+import re
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import distill_utils as du
+from study.truncation import Checkpointed, InnerRun, NetworkPool, RandomWindow
+
+INNERS = {"SGD": {}, "momentum": {"momentum": 0.9}, "Adam": {"optimizer": "Adam"}}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy() -> du.Dataset:
+    """Three well-separated classes of 4×4 images."""
+    labels = torch.arange(90) % 3
+    pixels = 0.2 * torch.rand(90, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels[torch.arange(90), 0, labels] += 0.7  # class k has row k bright
+    return du.make_dataset("toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device="cpu")
+
+
+class Smooth(nn.Sequential):
+    """A network without kinks."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class Counting(nn.Module):
+    """A network that shifts its hidden units by a running mean, and counts its calls; one parameter is unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.classifier = nn.Linear(16, 8), nn.Linear(8, 3)
+        self.unused = nn.Parameter(torch.rand(2))
+        self.register_buffer("mean", torch.rand(8))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.hidden(images.flatten(1))
+        self.mean.mul_(0.5).add_(0.5 * hidden.mean(0))
+        self.calls.add_(1)
+        return self.classifier(torch.tanh(hidden - self.mean))
+
+
+def make_problem(toy, *, epochs=3, optimizer="SGD", **options) -> tuple[du.DistilledSet, du.Split]:
+    """A distilled set of 2 steps × 3 images and a real batch, in float64."""
+    images, labels = du.init_from_noise(toy, steps=2)
+    step_size = 0.3 if optimizer == "SGD" else 0.02
+    distilled = du.DistilledSet(
+        images.double(), labels.double(), epochs=epochs, step_size=step_size, optimizer=optimizer, **options
+    )
+    return distilled, du.Split(toy.train.images.double(), toy.train.labels)
+
+
+def make_network(count: int = 1, kind: type[nn.Module] = Smooth) -> nn.Module:
+    return du.sample_networks(lambda: kind().double(), count, torch.device("cpu"))
+
+
+def gradients(network, distilled, real, unroll) -> tuple[torch.Tensor, ...]:
+    """The loss and its gradient with respect to all that is learned."""
+    loss = du.outer_loss(network, distilled, real, unroll=unroll)
+    return loss, *torch.autograd.grad(loss, list(distilled.parameters()))
+
+
+def functional_window(network, distilled, real, first, last) -> torch.Tensor:
+    """The loss by a hand-written loop over `functional_call`, whose graph begins at update `first`."""
+    weights = {name: value.detach().requires_grad_() for name, value in network.named_parameters()}
+    velocity = {name: torch.zeros_like(value) for name, value in weights.items()}
+    square = {name: torch.zeros_like(value) for name, value in weights.items()}
+    for update in range(last):
+        if update == first:
+            weights = {name: value.detach().requires_grad_() for name, value in weights.items()}
+            velocity, square = ({name: v.detach() for name, v in each.items()} for each in (velocity, square))
+        x, y = distilled.images[update % 2], distilled.labels[update % 2]
+        loss = -(y * functional_call(network, weights, x).log_softmax(-1)).sum(-1).mean()
+        slopes = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), create_graph=True), strict=True))
+        size = distilled.step_sizes[update]
+        if distilled.optimizer == "SGD":
+            velocity = {name: distilled.momentum * velocity[name] + slope for name, slope in slopes.items()}
+            weights = {name: weights[name] - size * velocity[name] for name in weights}
+        else:
+            velocity = {name: 0.9 * velocity[name] + 0.1 * slope for name, slope in slopes.items()}
+            square = {name: 0.999 * square[name] + 0.001 * slope**2 for name, slope in slopes.items()}
+            size = size * (1 - 0.999 ** (update + 1)) ** 0.5 / (1 - 0.9 ** (update + 1))
+            weights = {
+                name: weights[name] - size * velocity[name] / ((square[name] + 1e-40).sqrt() + 1e-4) for name in weights
+            }
+    return F.cross_entropy(functional_call(network, weights, real.images), real.labels)
+
+
+def assert_close(found, expected) -> None:
+    assert expected[1].abs().max() > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
+
+
+# ----------------------------------------------------------------------------------------- random window
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("soft_labels", [False, True])
+def test_a_window_has_the_gradient_of_a_functional_loop(toy, inner, soft_labels):
+    """As if the first updates had been made before, and the last ones did not exist."""
+    distilled, real = make_problem(toy, soft_labels=soft_labels, **INNERS[inner])
+    network, window = make_network(), RandomWindow(3, seed=2)
+    places = set()
+    for _ in range(4):
+        first = window.place(6)
+        places.add(first)
+        found = gradients(network, distilled, real, window)
+        loss = functional_window(network, distilled, real, first, first + 3)
+        assert_close(found, (loss, *torch.autograd.grad(loss, list(distilled.parameters()))))
+        assert found[2].nonzero().flatten().tolist() == list(range(first, first + 3))  # the step sizes
+    assert len(places) > 1
+
+
+def test_a_window_is_placed_at_random_and_repeatably():
+    places = []
+    for seed in (0, 0, 1):
+        window = RandomWindow(2, seed=seed)
+        places.append([])
+        for _ in range(50):
+            places[-1].append(window.place(4))
+            window.calls += 1
+    assert set(places[0]) == {0, 1, 2}
+    assert places[0] == places[1] != places[2]
+    window = RandomWindow(2)
+    window.load_state_dict({"calls": 7})
+    assert window.place(4) == places[0][7]
+
+
+def test_a_window_over_all_updates_is_the_whole_training(toy):
+    distilled, real = make_problem(toy, momentum=0.9)
+    network = make_network()
+    whole, window = (gradients(network, distilled, real, unroll) for unroll in (du.unroll, RandomWindow(6)))
+    assert all(map(torch.equal, whole, window))
+
+
+def test_a_window_keeps_the_random_state_and_the_network(toy):
+    distilled, _ = make_problem(toy)
+    network = make_network(kind=Counting)
+    before, state = [value.clone() for value in network.state_dict().values()], torch.get_rng_state()
+    RandomWindow(2)(network, distilled)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, before, network.state_dict().values()))
+
+
+# ------------------------------------------------------------------------------------------ network pool
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("networks", [1, 3])
+def test_a_pool_continues_where_the_last_window_ended(toy, inner, networks):
+    """The second window has the gradient that it has right after the first, for other networks in between."""
+    distilled, real = make_problem(toy, **INNERS[inner])
+    pool, network = NetworkPool(1, window=3), make_network(networks)
+    first = gradients(network, distilled, real, pool)
+    second = gradients(make_network(networks), distilled, real, pool)
+
+    run, updates = InnerRun(network, distilled), list(distilled.schedule())
+    run.advance(updates[:3], differentiable=False)
+    loss = F.cross_entropy(
+        run.advance(updates[3:])(real.images).reshape(-1, 3), real.labels.repeat(networks)
+    )  # fmt: skip
+    assert_close(second, (loss, *torch.autograd.grad(loss, list(distilled.parameters()))))
+    assert not torch.allclose(first[1], second[1])
+    if networks == 1:
+        loss = functional_window(network, distilled, real, 3, 6)
+        assert_close(second, (loss, *torch.autograd.grad(loss, list(distilled.parameters()))))
+    fresh = make_network(networks)  # the third turn starts anew
+    assert_close(gradients(fresh, distilled, real, pool), gradients(fresh, distilled, real, NetworkPool(1, window=3)))
+
+
+@pytest.mark.parametrize("networks", [1, 3])
+def test_a_pool_keeps_buffers(toy, networks):
+    """Running means and counts belong to the network that they were made by."""
+    distilled, real = make_problem(toy)
+    network, pool = make_network(networks, Counting), NetworkPool(2, window=2)
+    gradients(network, distilled, real, pool)
+    kept = pool.states[0]
+    expected = Counting().double()  # of the first network, trained by hand
+    initial = du.Ensemble([network]) if networks == 1 else network
+    names = [name for name, _ in expected.named_parameters()] + ["mean", "calls"]
+    values = dict(zip(initial.names, [*initial.parameters(), *initial.buffers()], strict=True))
+    expected.load_state_dict({name: values[name][0] for name in names})
+    optimizer = torch.optim.SGD([w for name, w in expected.named_parameters() if name != "unused"], lr=0.3)
+    for step in range(2):
+        expected.mean.detach_()
+        optimizer.zero_grad()
+        F.cross_entropy(expected(distilled.images[step].detach()), distilled.labels[step]).backward()
+        optimizer.step()
+    # An ensemble stores one tensor for all networks.
+    mean, calls = (kept[f"buffer/{name}"] if networks == 1 else kept[f"buffer/{name}"][0] for name in ("mean", "calls"))
+    torch.testing.assert_close(mean, expected.mean.detach())
+    assert int(calls) == 2
+    for _ in range(2):
+        gradients(make_network(networks, Counting), distilled, real, pool)
+    assert pool.states[0]["buffer/calls"].unique().tolist() == [4]
+    assert not any(value.requires_grad for value in pool.states[0].values() if torch.is_tensor(value))
+
+
+def test_a_pool_holds_networks_of_every_age_and_makes_all_updates():
+    pool, firsts = NetworkPool(3, window=2), []
+    for call in range(24):
+        slot, first = pool.turn(8)
+        assert slot == call % 3
+        firsts.append(first)
+        pool.calls += 1
+    assert firsts[::3] == [0, 2, 4, 6] * 2
+    assert firsts[:3] == [0, 2, 4]
+    assert firsts[3:6] == [2, 4, 6]
+
+
+def test_a_pool_distils(toy):
+    distilled = du.DistilledSet(*du.init_from_noise(toy, steps=2), epochs=4, step_size=0.02, momentum=0.9)
+    history = du.distill(
+        distilled, toy, Smooth, iterations=60, networks=2, batch_size=16, step_size_learning_rate=0,
+        unroll=NetworkPool(3, window=4), validate_every=60, progress=False,
+    )  # fmt: skip
+    assert history.accuracy[-1] > history.accuracy[0]
+    torch.testing.assert_close(distilled.step_sizes, torch.full((8,), 0.02))
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("make_unroll", [lambda: NetworkPool(3, window=2), lambda: RandomWindow(2)])
+def test_a_state_on_disk_continues_bit_identically(toy, inner, make_unroll, tmp_path):
+    results = []
+    for saved in (False, True):
+        torch.manual_seed(0)
+        distilled, real = make_problem(toy, **INNERS[inner])
+        unroll = make_unroll()
+        for call in range(8):
+            if saved and call in (2, 5):
+                torch.save(unroll.state_dict(), tmp_path / "state.pt")
+                unroll = make_unroll()
+                unroll.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            results.append(gradients(make_network(2, Counting), distilled, real, unroll))
+    for whole, resumed in zip(results[:8], results[8:], strict=True):
+        assert all(map(torch.equal, whole, resumed))
+
+
+# ------------------------------------------------------------------------------- gradient checkpointing
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("segment", [1, 2, 4, 6, 100])
+@pytest.mark.parametrize("kind", [Smooth, Counting])
+@pytest.mark.parametrize("networks", [1, 3])
+def test_checkpointed_gives_the_same_gradient(toy, inner, segment, kind, networks):
+    distilled, real = make_problem(toy, soft_labels=True, **INNERS[inner])
+    network = make_network(networks, kind)
+    whole, segmented = (gradients(network, distilled, real, unroll) for unroll in (du.unroll, Checkpointed(segment)))
+    torch.testing.assert_close(segmented[0], whole[0], rtol=1e-14, atol=0)
+    for ours, theirs in zip(segmented[1:], whole[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-15)
+
+
+class Held:
+    """A tensor that autograd holds for the backward pass, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_checkpointed_takes_less_memory(toy):
+    """What an unroll of 64 updates stores: a fifth or less in eight segments of eight."""
+    distilled, real = make_problem(toy, epochs=32)
+
+    def stored(unroll) -> int:
+        """Bytes stored once the loss is there."""
+        alive = weakref.WeakSet()
+
+        def pack(tensor: torch.Tensor) -> Held:
+            holder = Held(tensor)
+            alive.add(holder)
+            return holder
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+            loss = du.outer_loss(make_network(), distilled, real, unroll=unroll)
+        gc.collect()
+        storages = [holder.tensor.untyped_storage() for holder in alive]
+        assert loss.requires_grad
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    assert stored(Checkpointed(8)) < 0.2 * stored(du.unroll)
+
+
+# -------------------------------------------------------------------------------------------- arguments
+BAD_COUNTS = (0, -1, 1.5, 2.0, "3", True, None, float("nan"))
+
+
+@pytest.mark.parametrize("value", BAD_COUNTS)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("length", RandomWindow),
+        ("size", lambda value: NetworkPool(value, window=2)),
+        ("window", lambda value: NetworkPool(2, window=value)),
+        ("segment", Checkpointed),
+    ],
+)
+def test_counts_that_train_nothing_are_named(name, call, value):
+    message = re.escape(f"{name}={value!r}: give a whole number of at least 1")
+    with pytest.raises(ValueError, match=message):
+        call(value)
+
+
+def test_windows_that_do_not_fit_are_named(toy):
+    distilled, _ = make_problem(toy)
+    network = make_network()
+    with pytest.raises(ValueError, match="length=7: give at most the 6 updates of the distilled set"):
+        RandomWindow(7)(network, distilled)
+    for window in (4, 7, 12):
+        with pytest.raises(ValueError, match=f"window={window}: give a number that divides the 6 updates"):
+            NetworkPool(2, window=window)(network, distilled)
+    with pytest.raises(ValueError, match="seed=-1: give at least 0"):
+        RandomWindow(2, seed=-1)
+    with pytest.raises(ValueError, match="updates: none; give at least one"):
+        InnerRun(network, distilled).advance([])
+    assert RandomWindow(np.int64(3)).length == 3  # numpy's integers are whole numbers too
+
+
+def test_states_of_something_else_are_named(toy):
+    distilled, _ = make_problem(toy)
+    pool = NetworkPool(1, window=2)
+    pool(make_network(), distilled)
+    with pytest.raises(ValueError, match=r"state: parameter 0 has shape \[8, 16\]; .* \[2, 8, 16\]"):
+        pool(make_network(2), distilled)
+    with pytest.raises(ValueError, match="state: it has 1 networks; give that of a pool of size=2"):
+        NetworkPool(2, window=2).load_state_dict(pool.state_dict())
+
+
+def test_settings_can_be_read():
+    """A checkpoint names by them what a run was made with."""
+    assert repr(RandomWindow(25, seed=3)) == "RandomWindow(length=25, seed=3)"
+    assert repr(NetworkPool(8, window=25)) == "NetworkPool(size=8, window=25)"
+    assert repr(Checkpointed(5)) == "Checkpointed(segment=5)"
