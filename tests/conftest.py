@@ -1,32 +1,37 @@
-"""Small data and smooth networks on which the tests run."""
+"""Small data, smooth networks, and the devices on which the tests run, one of them emulated."""
 
+import contextlib
 import os
-import subprocess
-import time
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import distill_utils as du
+
+mpl.use("Agg")  # no windows
 
 
 @pytest.fixture(autouse=True)
 def _restore_defaults():
-    """A failing test must not hand its random state or number type to the next."""
+    """A failing test must not pass its random state or number type on to the next."""
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def make_toy() -> du.Dataset:
-    """Three well-separated classes of 4×4 images, float32."""
+# ------------------------------------------------------------------------------------------- toys
+def make_toy(device: torch.device | str = "cpu") -> du.Dataset:
+    """Three well-separated classes of 4×4 images, float32: 60 for training, 30 each for validation and test."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     pixels = 0.2 * torch.rand(90, 1, 4, 4, generator=generator)
     pixels[torch.arange(90), 0, labels] += 0.7  # class k has row k bright
-    return du.make_dataset("toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device="cpu")
+    return du.make_dataset("toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device=device)
 
 
 @pytest.fixture
@@ -55,11 +60,72 @@ def mnist_root() -> str:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
-    return root
+    return str(Path(root).resolve())
 
 
-def wait_for_progress(checkpoint: Path, process: subprocess.Popen, *, iterations: int = 5) -> None:
-    """Until `process` has written a checkpoint of so many iterations."""
-    while not (checkpoint.exists() and len(torch.load(checkpoint)["states"][3]["loss"]) >= iterations):
-        assert process.poll() is None, "it ended before its time"
-        time.sleep(0.01)
+# ---------------------------------------------------------------------------------------- devices
+class Remote(Tensor):
+    """A tensor on an emulated accelerator, which PyTorch calls `meta`. Its values lie in main memory, but it refuses
+    what an accelerator refuses: operations with CPU tensors, conversion to NumPy and, as on Apple GPUs, float64."""
+
+    @staticmethod
+    def __new__(cls, local: Tensor) -> "Remote":
+        if local.dtype == torch.float64:
+            raise TypeError("float64 on a device that has none")
+        layout = {"strides": local.stride(), "storage_offset": local.storage_offset(), "dtype": local.dtype}
+        return Tensor._make_wrapper_subclass(cls, local.shape, device="meta", **layout)
+
+    def __init__(self, local: Tensor) -> None:
+        self.local = local
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return run_remotely(function, args, kwargs or {})
+
+
+def run_remotely(function, args, kwargs):
+    """Runs an operation on the values of remote tensors; raises RuntimeError where it mixes devices."""
+    copies = function._schema.name in ("aten::_to_copy", "aten::copy_")
+    indexes = function._schema.name in ("aten::index", "aten::index_put_")  # the indices may be on the CPU
+    tensors = [leaf for leaf in tree_leaves(args[:1] if indexes else (args, kwargs)) if isinstance(leaf, Tensor)]
+    if indexes:
+        tensors += [index for index in args[1] if isinstance(index, Remote)]
+    remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
+    if remote and not copies and any(tensor.dim() > 0 for tensor in tensors if not isinstance(tensor, Remote)):
+        raise RuntimeError(f"{function}: expected all tensors to be on the same device")
+
+    device = kwargs.get("device")
+    goes_there = bool(remote) if device is None else torch.device(device).type == "meta"
+    kwargs = kwargs if device is None else {**kwargs, "device": "cpu"}
+    local_args, local_kwargs = tree_map(lambda leaf: leaf.local if isinstance(leaf, Remote) else leaf, (args, kwargs))
+    result = function(*local_args, **local_kwargs)
+    if function._schema.is_mutable and function._schema.name.endswith("_"):
+        return args[0] if function._schema.returns else None
+    return tree_map(lambda leaf: Remote(leaf) if goes_there and isinstance(leaf, Tensor) else leaf, result)
+
+
+class EmulatedAccelerator(TorchDispatchMode):
+    """Makes `device="meta"` an accelerator with values, also where tensors are created on it or moved to it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return run_remotely(function, args, kwargs or {})
+
+
+def devices() -> list[str]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return ["cpu", *(name for name in there if there[name]), "emulated"]
+
+
+@pytest.fixture(params=devices())
+def device(request):
+    """Every device of this machine, and an emulated accelerator."""
+    emulated = request.param == "emulated"
+    with EmulatedAccelerator() if emulated else contextlib.nullcontext():
+        yield torch.device("meta" if emulated else request.param)
+
+
+@pytest.fixture
+def toy_on_device(device) -> du.Dataset:
+    return make_toy(device)

@@ -23,14 +23,13 @@ def test_mnist_is_split_55_5_10_and_normalized(mnist_root):
     assert float(everything.mean()) == pytest.approx(0, abs=1e-3)
     assert float(everything.std()) == pytest.approx(1, abs=1e-3)
 
-    again = du.load_mnist(mnist_root, device="cpu")
-    assert torch.equal(again.validation.images, mnist.validation.images)
 
-
-def test_splits_are_disjoint_and_the_test_set_is_untouched():
+def test_splits_are_disjoint_the_same_in_every_run_and_leave_the_test_images_as_given():
     pixels = torch.arange(100.0).reshape(100, 1, 1, 1) / 100
     labels = torch.arange(100) % 2
-    dataset = du.make_dataset("count", (pixels, labels), (pixels, labels), validation=20, device="cpu")
+    dataset, again = (
+        du.make_dataset("count", (pixels, labels), (pixels, labels), validation=20, device="cpu") for _ in range(2)
+    )
     train, validation, test = (
         (split.images.flatten() * dataset.std + dataset.mean).mul(100).round().int().tolist()
         for split in (dataset.train, dataset.validation, dataset.test)
@@ -39,6 +38,7 @@ def test_splits_are_disjoint_and_the_test_set_is_untouched():
     assert test == list(range(100))
     assert len(validation) == 20
     assert [n % 2 for n in train] == dataset.train.labels.tolist()
+    assert torch.equal(again.validation.images, dataset.validation.images)
 
 
 def test_digits_are_real_scans_of_mnist_size():
@@ -49,12 +49,28 @@ def test_digits_are_real_scans_of_mnist_size():
     assert digits.classes == 10
 
 
-def test_a_dataset_that_cannot_be_had_says_how_to_get_it(tmp_path, monkeypatch):
+def test_images_may_have_three_channels_other_number_types_and_any_memory_layout(smooth):
+    rows = torch.randint(0, 2, (40, 4, 4, 3), dtype=torch.uint8)  # channels last, 0 and 1
+    pixels, labels = rows.permute(0, 3, 1, 2), (torch.arange(40) % 2).to(torch.int32)
+    dataset = du.make_dataset("color", (pixels, labels), (pixels, labels), validation=10, device="cpu")
+    assert (dataset.train.images.dtype, dataset.train.labels.dtype) == (torch.float32, torch.int64)
+
+    def make_network():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
+
+    distilled = du.DistilledSet(*du.init_from_real(dataset, steps=2))
+    du.distill(distilled, dataset, make_network, iterations=2, progress=False)
+    assert distilled.images.shape == (2, 2, 3, 4, 4)
+    assert du.evaluate(distilled, dataset.test, make_network, networks=2).mean >= 0
+    du.draw_images({"color": distilled.images})
+
+
+def test_a_missing_dataset_says_how_to_get_it(tmp_path, monkeypatch):
     def no_network(self):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
-    with pytest.raises(du.DatasetUnavailable, match=r"MNIST is not in root=.*MNIST/raw") as raised:
+    with pytest.raises(FileNotFoundError, match=r"no MNIST.* MNIST/raw ") as raised:
         du.load_mnist(tmp_path, device="cpu")
     assert str(tmp_path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -62,39 +78,8 @@ def test_a_dataset_that_cannot_be_had_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_a_file_in_place_of_the_data_folder_is_named(tmp_path):
     (tmp_path / "data").touch()
-    with pytest.raises(ValueError, match=r"root='.*data': is a file; give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"root='.*data'"):
         du.load_mnist(tmp_path / "data", device="cpu")
-
-
-def fake_source(data, labels: dict):
-    """A class like torchvision's, which holds 24 images `data` and whose labels are called as in `labels`."""
-
-    class Source:
-        def __init__(self, root, download, train=True, split="train"):
-            vars(self).update(data=data, **labels)
-
-    return Source
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "labels"),
-    [
-        ("USPS", np.full((24, 16, 16), 51, dtype=np.uint8), {"targets": [0, 1, 2] * 8}),
-        ("SVHN", np.full((24, 3, 32, 32), 51, dtype=np.uint8), {"labels": np.array([0, 1, 2] * 8)}),
-    ],
-)
-def test_other_digits_come_grey_and_in_mnists_size(name, data, labels, monkeypatch):
-    """In the form that torchvision gives them; the files themselves are not at hand."""
-    data[0] += 51  # so that they have a spread to be normalized by
-    monkeypatch.setattr(torchvision.datasets, name, fake_source(data, labels))
-    dataset = du.load_torchvision(name, "anywhere", device="cpu")
-    assert (dataset.name, dataset.classes) == (name, 3)
-    assert dataset.train.images.shape == (22, 1, 28, 28)
-    assert len(dataset.validation.labels) == 2
-    pixels = dataset.test.images * dataset.std + dataset.mean
-    torch.testing.assert_close(pixels[0], torch.full((1, 28, 28), 0.4))
-    torch.testing.assert_close(pixels[1], torch.full((1, 28, 28), 0.2))
-    assert dataset.test.labels.tolist() == [0, 1, 2] * 8
 
 
 def test_an_unknown_dataset_is_named():
@@ -105,15 +90,17 @@ def test_an_unknown_dataset_is_named():
 @pytest.mark.parametrize(
     ("pixels", "labels", "validation", "message"),
     [
-        (torch.rand(9, 4, 4), torch.zeros(9), 3, r"train: pixels \[9, 4, 4\].*give \[n, c, h, w\]"),
-        (torch.rand(9, 1, 4, 4), torch.zeros(8), 3, r"train: pixels \[9, 1, 4, 4\], labels \[8\]"),
-        (255 * torch.rand(9, 1, 4, 4), torch.zeros(9), 3, r"train: pixels lie in .* scale them to 0\.\.1"),
-        (torch.rand(9, 1, 4, 4).numpy(), torch.zeros(9), 3, "train: a pair of ndarray and Tensor; give tensors"),
-        (torch.rand(9, 1, 4, 4), torch.eye(9), 3, r"train: pixels .*, labels \[9, 9\]; give .* and \[n\]"),
+        (torch.rand(9, 4, 4), torch.zeros(9), 3, r"pixels \[9, 4, 4\].*give \[n, c, h, w\]"),
+        (torch.rand(9, 1, 4, 4), torch.zeros(8), 3, r"pixels \[9, 1, 4, 4\], labels \[8\]"),
+        (torch.rand(0, 1, 4, 4), torch.zeros(0), 3, r"pixels \[0, 1, 4, 4\].*; give"),
+        (torch.rand(9, 1, 4, 4), torch.eye(9), 3, r"pixels .*, labels \[9, 9\]; give .* \[n\]"),
+        (255 * torch.rand(9, 1, 4, 4), torch.zeros(9), 3, r"pixels lie in .* scale them to 0\.\.1"),
+        (torch.full((9, 1, 4, 4), float("nan")), torch.zeros(9), 3, "pixels lie in nan"),
+        (torch.zeros(9, 1, 4, 4), torch.zeros(9), 3, r"pixels lie in 0\.\.0"),
         (torch.rand(9, 1, 4, 4), torch.arange(9) + 1, 3, r"train: labels \[1, 2, .*; number the classes 0, 1, 2"),
-        (torch.rand(9, 1, 4, 4), torch.zeros(9), 9, "validation=9: hold out at least 1, fewer than the 9"),
-        (torch.rand(9, 1, 4, 4), torch.zeros(9), 0, "validation=0: hold out at least 1"),
-        (torch.rand(9, 1, 4, 4), torch.zeros(9), 0.2, r"validation=0\.2: hold out .* a whole number"),
+        (torch.rand(9, 1, 4, 4), torch.zeros(9), 9, "validation=9: give fewer than the 9"),
+        (torch.rand(9, 1, 4, 4), torch.zeros(9), 0, "validation=0: give a whole number of at least 1"),
+        (torch.rand(9, 1, 4, 4), torch.zeros(9), 0.2, r"validation=0\.2: give a whole number"),
     ],
 )
 def test_bad_data_is_named(pixels, labels, validation, message):
@@ -121,7 +108,43 @@ def test_bad_data_is_named(pixels, labels, validation, message):
         du.make_dataset("bad", (pixels, labels), (pixels, labels), validation=validation, device="cpu")
 
 
-def test_bad_test_labels_are_named_as_such():
+def test_bad_test_images_and_labels_are_named_as_such():
     pixels, labels = torch.rand(9, 1, 4, 4), torch.arange(9) % 3
-    with pytest.raises(ValueError, match="test: labels 1 to 3; give those of train, 0 to 2"):
+    with pytest.raises(ValueError, match=r"test: labels \[1, 2, 3\]; give those of train, 0 to 2"):
         du.make_dataset("bad", (pixels, labels), (pixels, labels + 1), validation=3, device="cpu")
+    with pytest.raises(ValueError, match=r"test: pixels lie in .* scale them"):
+        du.make_dataset("bad", (pixels, labels), (255 * pixels, labels), validation=3, device="cpu")
+
+
+def test_datasets_can_be_compared_and_printed_in_a_line(toy):
+    assert toy == toy
+    assert toy != du.make_dataset(
+        "toy", *[(torch.rand(9, 1, 4, 4), torch.arange(9) % 3)] * 2, validation=3, device="cpu"
+    )
+    assert "toy" in repr(toy)
+    assert len(repr(toy)) < 200
+
+
+@pytest.mark.parametrize("count", [np.int64(2), np.int32(2)])
+def test_numpy_integers_are_counts(toy, smooth, count):
+    du.require_counts(count=count)
+    distilled = du.DistilledSet(*du.init_from_real(toy, steps=count, per_class=count), epochs=count)
+    du.distill(distilled, toy, smooth, iterations=count, networks=count, batch_size=count, progress=False)
+    assert len(du.evaluate(distilled, toy.test, smooth, networks=count).values) == 2
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.0, 2.5, True, np.True_, np.float32(2), float("nan"), "2", None])
+def test_other_things_are_refused_as_counts(toy, smooth, count):
+    distilled, message = du.DistilledSet(*du.init_from_real(toy, steps=1)), "give a whole number of at least 1"
+    for name, call in {
+        "steps": lambda: du.init_from_noise(toy, steps=count),
+        "per_class": lambda: du.init_from_real(toy, steps=1, per_class=count),
+        "epochs": lambda: du.DistilledSet(distilled.images, distilled.labels, epochs=count),
+        "factor": lambda: du.MultiFormation(distilled.images, distilled.labels, factor=count),
+        "networks": lambda: du.evaluate(distilled, toy.test, smooth, networks=count),
+        "iterations": lambda: du.distill(distilled, toy, smooth, iterations=count, progress=False),
+        "batch_size": lambda: du.distill(distilled, toy, smooth, iterations=1, batch_size=count, progress=False),
+        "validate_every": lambda: du.distill(distilled, toy, smooth, iterations=1, validate_every=count),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}=.*: {message}"):
+            call()

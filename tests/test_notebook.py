@@ -1,8 +1,9 @@
-"""The notebook runs whole, and what is stored in it, and quoted in the README, comes from one clean run."""
+"""The notebook runs whole and writes into its own folder; what is stored in it comes from one clean run; the README's
+Python runs as it stands."""
 
+import ast
 import inspect
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,23 +13,42 @@ import pytest
 
 import distill_utils as du
 
-ROOT = Path(__file__).parent.parent
-SMALL = {
-    "KNOWN_ITERATIONS": 4, "UNKNOWN_ITERATIONS": 3, "OWN_ITERATIONS": 20, "TEST_NETWORKS": 2, "LIVE_NETWORKS": 2,
-    "FULL_EPOCHS": 0, "KNOWN_AGAIN_ITERATIONS": 2, "UNKNOWN_AGAIN_ITERATIONS": 2, "RECIPE_ITERATIONS": 2,
-}  # fmt: skip
+ROOT = Path(du.__file__).parent
+NOTEBOOK = ROOT / "distill.ipynb"
 
 
-def execute(tmp_path, cells=slice(None), extra="", **parameters) -> nbformat.NotebookNode:
-    """Runs the notebook's cells with other parameters, writing nothing outside `tmp_path`."""
-    book = nbformat.read(ROOT / "distill.ipynb", as_version=4)
+def parameters_cell(book) -> nbformat.NotebookNode:
     (tagged,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters = {"FIGURES": str(tmp_path / "figures"), "DISTILLED": str(tmp_path / "distilled"), **parameters}
-    for name, value in parameters.items():
+    return tagged
+
+
+def small_parameters(source: str) -> dict:
+    """Tiny values for the parameters that say how long something takes."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name.endswith(("ITERATIONS", "NETWORKS")):
+                found[name] = 2
+            elif name.endswith("EPOCHS"):
+                found[name] = 1
+    return found
+
+
+def execute(out: Path, *, cells: int | None = None, extra: str = "", **parameters) -> nbformat.NotebookNode:
+    """Runs the notebook, or its first code cells, with other parameters."""
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    tagged = parameters_cell(book)
+    parameters = {"OUT": str(out), "DEVICE": "cpu", **small_parameters(tagged.source), **parameters}
+    for name in parameters:
         assert re.search(rf"^{name} = ", tagged.source, re.MULTILINE), f"no parameter is called {name}"
-        tagged.source += f"\n{name} = {value!r}"
+    # In place of the assignments, so that what follows from a parameter follows from the new value.
+    for name, value in parameters.items():
+        line = re.compile(rf"^{name} = .*$", re.MULTILINE)
+        new = f"{name} = Path({value!r})" if "Path(" in line.search(tagged.source).group() else f"{name} = {value!r}"
+        tagged.source = line.sub(lambda _, new=new: new, tagged.source)
     tagged.source += f"\n{extra}"
-    book.cells = book.cells[cells]
+    book.cells = book.cells[:cells]
     nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     return book
 
@@ -38,69 +58,96 @@ def output_of(book) -> str:
     return "\n".join(output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in outputs)
 
 
-def test_the_whole_notebook_runs_on_mnist(tmp_path, mnist_root):
-    book = execute(tmp_path, DATA_ROOT=str(Path(mnist_root).resolve()), DEVICE="cpu", **SMALL)
+def tracked_files() -> dict[Path, tuple[int, int]]:
+    """Sizes and times of the files that a run must not touch."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name in ("distilled", "figures", "study")]
+    files = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()}
+
+
+def test_the_whole_notebook_runs_on_mnist_and_writes_only_into_its_folder(tmp_path, mnist_root):
+    before = tracked_files()
+    book = execute(tmp_path / "out", DATA_ROOT=mnist_root)
     text = output_of(book)
-    assert "MNIST train" in text
-    assert re.search(r"RuntimeError: .*not have been used in the graph", text)
+    assert "MNIST" in text
     assert "Warning" not in text
-    written = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert {"claim.png", "unknown_images.png", "results.md"} <= written
-    assert {path.name for path in (tmp_path / "distilled").iterdir()} == {"known.safetensors", "unknown.safetensors"}
+    assert list((tmp_path / "out").rglob("*.png")), "figures"
+    for path in (sets := list((tmp_path / "out").rglob("*.safetensors"))):
+        du.DistilledSet.load(path)
+    assert sets
+    after = tracked_files()
+    assert sorted(map(str, after)) == sorted(map(str, before))
+    assert [str(path) for path in before if after[path] != before[path]] == []
 
 
-def test_without_mnist_the_notebook_goes_on_with_digits_and_says_so(tmp_path):
-    """Up to the first figure; MNIST's download is made to fail as it does without a network."""
-    no_network = "def fail(self): raise RuntimeError('no network')\ntorchvision.datasets.MNIST.download = fail"
-    text = output_of(execute(tmp_path, slice(10), no_network, DATA_ROOT=str(tmp_path), **SMALL))
-    assert text.count("MNIST is not in root=") == 1
-    assert "everything below runs on scikit-learn digits" in text
-    assert "scikit-learn digits train" in text
+def test_without_mnist_the_notebook_uses_digits_and_says_so(tmp_path):
+    """Up to where the data are shown; MNIST's download is made to fail as it does without a network."""
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    loads = [number for number, cell in enumerate(book.cells) if "load_digits(" in cell.source]
+    no_network = """
+import torchvision
+def fail(self): raise RuntimeError('no network')
+torchvision.datasets.MNIST.download = fail
+"""
+    run = execute(tmp_path / "out", cells=loads[0] + 2, extra=no_network, DATA_ROOT=str(tmp_path / "nothing"))
+    assert "digits" in output_of(run)
+    assert "MNIST" in output_of(run)
 
 
 @pytest.fixture(scope="module")
 def stored() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "distill.ipynb", as_version=4)
+    return nbformat.read(NOTEBOOK, as_version=4)
 
 
 def test_stored_outputs_come_from_one_run_top_to_bottom(stored):
     counts = [cell.execution_count for cell in stored.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
+    kinds = {output.output_type for cell in stored.cells for output in cell.get("outputs", [])}
+    assert "error" not in kinds
     text = json.dumps([cell.get("outputs", []) for cell in stored.cells])
     assert "Warning" not in text
     assert not re.search(r"/(home|root|tmp|work|Users)/", text)
-    assert os.path.getsize(ROOT / "distill.ipynb") < 2_000_000
 
 
-def test_the_sources_shown_are_the_modules(stored):
-    text = output_of(stored)
-    for piece in (
-        du.LeNet,
-        du.unroll,
-        du.DistilledSet.schedule,
-        du.DistilledSet.decoded,
-        du.tiled,
-        du.Pool,
-        du.outer_loss,
-        du.outer_gradient,
-        du.one_of,
-        du.relabel,
-    ):
-        assert inspect.getsource(piece) in text, f"{piece.__name__} has changed since the notebook was run"
+def test_the_notebook_is_short_and_light(stored):
+    assert len(stored.cells) <= 75
+    assert NOTEBOOK.stat().st_size < 1_000_000
 
 
-def test_the_readme_quotes_the_stored_run(stored):
-    results = (ROOT / "figures" / "results.md").read_text().strip()
-    assert results in (ROOT / "README.md").read_text()
-    assert results in output_of(stored)
+def test_the_stored_parameters_are_the_defaults_of_a_full_run(stored):
+    source = parameters_cell(stored).source
+    assert re.search(r'^DEVICE = "auto"', source, re.MULTILINE)
+    assert re.search(r"^OUT = ", source, re.MULTILINE)
+    assert "/" not in re.search(r"^OUT = (.*?)(#|$)", source, re.MULTILINE).group(1), "a folder beside the notebook"
 
 
-def test_the_readmes_python_runs_as_it_stands(mnist_root, tmp_path, monkeypatch):
+def test_source_shown_in_the_notebook_is_the_modules(stored):
+    """Every output that shows a function or class of the module shows its present source."""
+    shown = re.findall(r"^(?:@[^\n]*\n)*(?:def|class) (\w+)[(:]", output_of(stored), re.MULTILINE)
+    for name in shown:
+        if hasattr(du, name):
+            source = inspect.getsource(getattr(du, name)).strip()
+            assert source in output_of(stored), f"{name} has changed since the notebook was run"
+
+
+def readme_snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_python_runs_as_it_stands(mnist_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(Path(mnist_root).resolve())
-    (tmp_path / "distilled").symlink_to(ROOT / "distilled")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert snippets
+    (tmp_path / "data").symlink_to(mnist_root)
     names = {}
-    for snippet in snippets:
-        exec(snippet, names)
+    for snippet in readme_snippets():
+        exec(compile(snippet, "README.md", "exec"), names)
+    printed = re.search(r"(\d+\.\d)%", capsys.readouterr().out)
+    assert float(printed.group(1)) > 90
+
+
+def test_the_readme_links_to_files_that_are_there():
+    for name in ("README.md", "distilled/README.md", "study/README.md"):
+        text = (ROOT / name).read_text()
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if not link.startswith(("http", "mailto")):
+                assert ((ROOT / name).parent / link).exists(), f"{name}: {link}"
