@@ -1,21 +1,26 @@
-# make notebook   execute distill.ipynb in place, figures included
-# make lab        open it in JupyterLab
-# make test       lint, then every test
-# make study      every experiment, the paper's and those beyond it, that results/ does not hold yet, and their tables
-# make benchmark  time it beside other ways to the same gradient, and write benchmarks/results.md
+# make notebook         run the tutorial; the executed copy and all that it makes go to out/
+# make lab              open the tutorial in JupyterLab
+# make test             lint, then every test
+# make study            every experiment that study/results does not hold yet
+# make study-notebooks  run the two notebooks of the study into out/
+# make benchmark        time the meta-gradient beside other ways to compute it
+# make release          for maintainers: refresh the stored outputs, figures, tables and cards in the repository
 #
-# Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in DATA_ROOT
+# Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in the folder DATA_ROOT
 # (default: data) and downloaded there.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False \
+	--NbConvertApp.export_format=notebook --output-dir out
+export PYTHONPATH := $(CURDIR)
 
-.PHONY: notebook lab test study benchmark clean
+.PHONY: notebook lab test study study-notebooks benchmark release clean
 
 notebook: $(VENV)/installed
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False distill.ipynb
-	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams distill.ipynb
+	$(RUN_NOTEBOOK) distill.ipynb
+	@echo "The executed notebook is out/distill.ipynb, with figures and sets beside it."
 
 lab: $(VENV)/installed
 	$(BIN)/jupyter lab distill.ipynb
@@ -27,14 +32,24 @@ test: $(VENV)/installed
 
 study: $(VENV)/installed
 	$(BIN)/python -m study
-	$(BIN)/python -m study beyond
+
+study-notebooks: $(VENV)/installed
+	$(RUN_NOTEBOOK) study/paper.ipynb
+	$(RUN_NOTEBOOK) study/beyond.ipynb
 
 benchmark: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --requirement benchmarks/requirements.txt
-	PYTHONPATH=. $(BIN)/python benchmarks/benchmark.py
+	$(BIN)/python -m pip install --quiet --requirement study/benchmark/requirements.txt
+	$(BIN)/python -m study.benchmark.benchmark
+
+release: notebook study-notebooks
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams out/distill.ipynb out/paper.ipynb out/beyond.ipynb
+	cp out/distill.ipynb distill.ipynb
+	cp out/paper.ipynb out/beyond.ipynb study/
+	cp out/figures/* figures/
+	$(BIN)/python -m study --report
 
 clean:
-	rm -rf $(VENV) checkpoints
+	rm -rf $(VENV) out
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
