@@ -45,7 +45,7 @@ class Options:
         workers: experiments at a time, each in a process of its own.
         fraction: of the iterations.
         networks: fresh networks behind an accuracy.
-        report: write all tables and figures again, and the cards of the sets in distilled/.
+        report: run nothing; write all tables and figures again, and the cards of the sets in distilled/.
     """
 
     part: tyro.conf.Positional[Literal["all", "paper", "ablation", "best"]] = "all"
@@ -145,10 +145,10 @@ def run_side_by_side(jobs: list[Job], options: Options) -> None:
 
 def main(options: Options) -> None:
     """Runs what is missing, and writes the reports of what has changed."""
-    jobs = options.find_missing()
+    jobs = [] if options.report else options.find_missing()
     if jobs:
         du.load_mnist(options.data_root, device="cpu")  # downloads it once, or fails before any process starts
-    else:
+    elif not options.report:
         print(f"{options.results} holds all these experiments")
     if len(jobs) > 1 and options.workers > 1:
         run_side_by_side(jobs, options)
@@ -162,7 +162,12 @@ def main(options: Options) -> None:
         if options.report or (changed and whole):
             report.write_report(part, results)
     if options.report and options.stored:
-        report.write_cards(Path(du.__file__).with_name("distilled"), Results(RESULTS / "best"))
+        repository, (paper_results, best) = (
+            Path(du.__file__).parent,
+            (Results(RESULTS / part) for part in ("paper", "best")),
+        )
+        report.write_cards(repository / "distilled", best)
+        report.write_readme(repository / "README.md", paper_results, best)
 
 
 def run_command_line() -> None:
