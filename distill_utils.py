@@ -1,8 +1,8 @@
 """Dataset distillation: learn a few images that train a network, by differentiating through its training.
 
-After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). A *network factory* is a callable
-that returns a freshly initialized `nn.Module`, which turns images [n, c, h, w] into class scores [n, classes]. Images
-are *normalized* when `(pixel - mean) / std` has been applied to pixels in 0..1. Accuracies are percentages.
+After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). Brackets give shapes. A *network
+factory* is a callable that returns a freshly initialized `nn.Module`, which turns images [n, c, h, w] into class scores
+[n, classes]. Images are *normalized* when `(pixel - mean) / std` has been applied to pixels in 0..1.
 """
 
 from __future__ import annotations
@@ -159,12 +159,10 @@ def fixed_initialization(make_network: Factory, *, seed: int) -> Factory:
 
 
 def sample_networks(make_network: Factory, count: int, device: torch.device) -> nn.Module:
-    """Draws networks from torch's random state, as one module. Raises ValueError for a network in place of a factory,
-    frozen weights, and layers that behave differently in training and testing, as networks always train here."""
-    remedy = (
-        f"make_network={type(make_network).__name__}(...): give the factory, or fixed_initialization(factory, seed=)"
-    )
-    require(not isinstance(make_network, nn.Module), remedy)
+    """Samples networks from torch's random state, as one module. Raises ValueError for a network in place of a factory,
+    for frozen weights, and for layers such as dropout and batch norm, as networks stay in training mode here."""
+    found = f"make_network={type(make_network).__name__}(...): give the factory, or fixed_initialization(...)"
+    require(not isinstance(make_network, nn.Module), found)
     networks = [make_network().to(device) for _ in range(count)]
     frozen = [name for name, weight in networks[0].named_parameters() if not weight.requires_grad]
     require(not frozen, f"make_network: {', '.join(frozen)} require no gradient; register constants as buffers")
@@ -176,7 +174,7 @@ def sample_networks(make_network: Factory, count: int, device: torch.device) -> 
 
 class Ensemble(nn.Module):
     """Copies of networks of one architecture, which run in one call: images [n, c, h, w] give scores [networks, n,
-    classes]. This saves most on a GPU, where small networks wait for kernel launches."""
+    classes]. Meant for GPUs, where small networks mostly wait for kernel launches."""
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -219,7 +217,7 @@ def init_from_real(dataset: Dataset, *, steps: int, per_class: int = 1, seed: in
 
 
 def init_from_kmeans(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> Pair:
-    """K-means centers of each class of the training images, one being its mean; shapes as `init_from_noise`."""
+    """K-means centers of each class of the training images; shapes as `init_from_noise`. A single one is its mean."""
     from sklearn.cluster import KMeans
 
     def centers(images: Tensor, count: int) -> Tensor:
@@ -337,6 +335,7 @@ class DistilledSet(nn.Module):
 
     def save(self, path: str | Path, *, dataset: Dataset, **notes: object) -> None:
         """Writes a safetensors file in the format of `distilled/README.md`; `notes`, as network="LeNet", go with it."""
+        require(not Path(path).is_dir(), f"path='{path}': is a folder; name a file in it")
         versions = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher"))
         notes = {"dataset": dataset.name, "mean": dataset.mean, "std": dataset.std, "versions": versions, **notes}
         metadata = {**{name: str(value) for name, value in notes.items()}, **self.metadata()}
@@ -448,7 +447,7 @@ class Distillation:
         batch_size: real images drawn in each iteration.
         learning_rate: of images and soft labels, falling to 0 along a half cosine.
         step_size_learning_rate: the same for step sizes, roughly their relative change in an iteration; 0 keeps them.
-        clip: scale a meta-gradient down to this many times its running norm; math.inf does not clip.
+        clip: limit of a meta-gradient's norm, in units of its running mean; math.inf does not clip.
         unroll: the inner loop, a callable like `unroll`; `study/truncation.py` has others for long ones.
         seed: of initializations and real batches, at least 0.
     """
@@ -560,7 +559,7 @@ def evaluate(distilled: DistilledSet, split: Split, make_network: Factory, *, ne
 
 
 def validation_accuracy(distilled: DistilledSet, dataset: Dataset, make_network: Factory, *, networks: int) -> float:
-    """The mean accuracy on validation images, of other networks than a test's: what settings are chosen by."""
+    """The mean accuracy on validation images, to choose settings by; its networks are never those of a test."""
     return evaluate(distilled, dataset.validation, make_network, networks=networks, seed=20_000).mean
 
 

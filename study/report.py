@@ -312,8 +312,8 @@ USES = {
 }
 CARD = """# {name}
 
-{stored} images for MNIST with soft labels, distilled for LeNets of unseen Xavier-normal initializations. {formation}
-Trained {words}, they reach {accuracy} on the test images.
+{stored} stored images for MNIST with soft labels, distilled for LeNets of random initialization. {formation}
+LeNets that the distillation has not seen reach {accuracy} on the test images {words}.
 
 ```python
 import distill_utils as du
@@ -359,10 +359,11 @@ def card(name: str, path: Path, results: Results) -> str:
     found = [(row.replace("control:", "from scratch, control:"), results.pooled(name, row)) for row in rows]
     controls = ((row, results.pooled(f"controls-{name}", row)) for row in results.find(f"controls-{name}").row.unique())
     found += [(f"{distilled.updates} updates, control: {row}", each) for row, each in controls]
-    formation = f"Each holds {factor} × {factor} smaller ones: networks train on {seen}." if factor > 1 else ""
+    holds = f"Each stored image holds {factor} × {factor} smaller ones, so networks train on {seen}."
+    formation = holds if factor > 1 else ""
     return CARD.format(
         name=name, stored=stored, formation=formation, use=USES[main], accuracy=results.pooled(name, main),
-        words="from scratch" if main == "from scratch" else f"with the learned schedule of {distilled.updates} updates",
+        words="when trained from scratch" if main == "from scratch" else f"after the {distilled.updates} updates of its schedule",
         facts="\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
         accuracies=markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found]),
     ).replace(" \n", "\n")  # fmt: skip
