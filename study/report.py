@@ -361,9 +361,11 @@ def card(name: str, path: Path, results: Results) -> str:
     found += [(f"{distilled.updates} updates, control: {row}", each) for row, each in controls]
     holds = f"Each stored image holds {factor} × {factor} smaller ones, so networks train on {seen}."
     formation = holds if factor > 1 else ""
+    words = f"after the {distilled.updates} updates of its schedule"
+    words = "when trained from scratch" if main == "from scratch" else words
     return CARD.format(
         name=name, stored=stored, formation=formation, use=USES[main], accuracy=results.pooled(name, main),
-        words="when trained from scratch" if main == "from scratch" else f"after the {distilled.updates} updates of its schedule",
+        words=words,
         facts="\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
         accuracies=markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found]),
     ).replace(" \n", "\n")  # fmt: skip
