@@ -146,8 +146,11 @@ def whole_set(study: Study) -> None:
     study.add("ordinary training", values)
 
 
-# Sets whose schedules have controls; for schedules of a hundred updates they would take hours.
-SCHEDULED = tuple(name for name in RECIPES if name.endswith(("-30steps", "-50steps")))
+SCHEDULED = (
+    "mnist-ipc1-mf2-50steps",
+    "mnist-ipc10-30steps",
+    "mnist-ipc10-mf2-30steps",
+)  # with controls, which take hours
 NEEDS = {  # experiments that load the set of another one
     "augmented": AUGMENTED,
     **{f"transfer-{name}": name for name in TRANSFERRED},
