@@ -12,8 +12,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False \
-	--NbConvertApp.export_format=notebook --output-dir out
+RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir out
 export PYTHONPATH := $(CURDIR)
 
 .PHONY: notebook lab test study study-notebooks benchmark release clean
