@@ -146,11 +146,7 @@ def whole_set(study: Study) -> None:
     study.add("ordinary training", values)
 
 
-SCHEDULED = (
-    "mnist-ipc1-mf2-50steps",
-    "mnist-ipc10-30steps",
-    "mnist-ipc10-mf2-30steps",
-)  # with controls, which take hours
+SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
 NEEDS = {  # experiments that load the set of another one
     "augmented": AUGMENTED,
     **{f"transfer-{name}": name for name in TRANSFERRED},

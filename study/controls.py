@@ -15,34 +15,47 @@ STEP_SIZES = {  # candidates for a constant one
     "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
     "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),
 }
+SMOOTHING = (0.1, 0.3)  # candidates where the labels of the distilled set are free, too
 
 
 def schedule_controls(
     study: Study, distilled: du.DistilledSet, make_network: du.Factory = du.LeNet, *, networks: int
 ) -> None:
-    """Keeps the accuracies of undistilled images with true labels, as many and of the same parametrization.
+    """Keeps the accuracies of undistilled images, as many and of the same parametrization.
 
-    Their step sizes are the best constant one on validation images, those learned for these very images by the same
-    outer loop, and those learned for the distilled set.
+    Every kind of labels gets its best constant step size. The kind that is best on validation images is then tested
+    with step sizes learned for these very images by the same outer loop, and with those of the distilled set.
     """
     mnist = study.mnist
-    per_class = distilled.labels.shape[1] // mnist.classes
+    step_sizes, per_class = STEP_SIZES[distilled.optimizer], distilled.labels.shape[1] // mnist.classes
     for title, initialize in UNDISTILLED.items():
-        borrowed = undistilled_set(distilled, *initialize(mnist, steps=distilled.steps, per_class=per_class))
-        step_sizes = STEP_SIZES[distilled.optimizer]
-        constant = du.best_constant_step_size(borrowed, mnist, make_network, step_sizes=step_sizes)
-        learned = copy.deepcopy(constant)
-        du.distill(  # a learning rate of 0 keeps the images
+        pair = initialize(mnist, steps=distilled.steps, per_class=per_class)
+        constant = {}
+        for kind, labels in label_kinds(distilled, pair[1]).items():
+            borrowed = undistilled_set(distilled, pair[0], labels)
+            constant[kind] = du.best_constant_step_size(borrowed, mnist, make_network, step_sizes=step_sizes)
+            found = du.evaluate(constant[kind], mnist.test, make_network, networks=networks)
+            study.add(f"{title}, {kind}, constant step size {constant[kind].step_sizes[0]:.4g}", found.values)
+        kind = max(constant, key=lambda each: du.validation_accuracy(constant[each], mnist, make_network, networks=5))
+        learned = copy.deepcopy(constant[kind])
+        du.distill(  # a learning rate of 0 keeps the images and labels
             learned, mnist, make_network, iterations=max(1, round(200 * study.fraction)), batch_size=128,
             learning_rate=0, step_size_learning_rate=0.03, validation_networks=1, progress=False,
         )  # fmt: skip
-        for schedule, control in (
-            (f"constant step size {constant.step_sizes[0].item():.4g}", constant),
-            ("step sizes learned for them", learned),
-            ("step sizes of the distilled set", borrowed),
-        ):
+        borrowed = copy.deepcopy(constant[kind]).set_step_sizes(distilled.step_sizes)
+        for schedule, control in (("learned for them", learned), ("of the distilled set", borrowed)):
             found = du.evaluate(control, mnist.test, make_network, networks=networks)
-            study.add(f"{title}, {schedule}", found.values)
+            study.add(f"{title}, {kind}, step sizes {schedule}", found.values)
+
+
+def label_kinds(distilled: du.DistilledSet, labels: Tensor) -> dict[str, Tensor]:
+    """True labels [steps, n, classes]; where the set has learned its own, also smoothed ones and those of the set."""
+    kinds = {"true labels": labels}
+    if distilled.labels.max(-1).values.min() < 1:
+        uniform = 1 / labels.shape[-1]
+        kinds |= {f"labels smoothed by {share}": (1 - share) * labels + share * uniform for share in SMOOTHING}
+        kinds["labels of the distilled set"] = distilled.labels.detach()
+    return kinds
 
 
 def undistilled_set(distilled: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:

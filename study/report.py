@@ -10,7 +10,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import safetensors
+import torchvision
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import distill_utils as du
 from study import running
@@ -21,6 +23,19 @@ from study.controls import UNDISTILLED
 from study.evaluation import ARCHITECTURES, label_robust_score
 from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
 from study.records import RESULTS, Results
+
+
+def draw_images(panels: dict[str, Tensor], *, columns: int = 10) -> Figure:
+    """Titled grids of images [..., c, h, w], normalized, side by side; -2 is drawn black, 4 white."""
+    options = {"nrow": columns, "normalize": True, "value_range": (-2, 4), "pad_value": 0.5}
+    grids = [torchvision.utils.make_grid(images.detach().cpu().flatten(0, -4), **options) for images in panels.values()]
+    height = 0.6 + max(4.5 * grid.shape[1] / grid.shape[2] for grid in grids)  # inches, for a width of 4.5
+    figure, axes = plt.subplots(1, len(grids), figsize=(4.5 * len(grids), height), squeeze=False, layout="constrained")
+    for axis, title, grid in zip(axes.flat, panels, grids, strict=True):
+        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(title, fontsize="medium")
+        axis.axis("off")
+    return figure
 
 
 def markdown_table(head: list[str], rows: list[list]) -> str:
@@ -117,32 +132,43 @@ def draw_points(draw: Callable, places: list[float], found: list[du.Accuracies],
     draw(places, [each.mean for each in found], yerr=[each.std for each in found], capsize=3, **options)
 
 
-SCHEDULES = ("constant step size", "step sizes learned for them", "step sizes of the distilled set")
 CONTROLLED = {  # experiments with controls of their schedules, and the rows of their own accuracies
     "fixed-10": "fixed initialization", "random-noise": "unseen initializations",
     **dict.fromkeys(SCHEDULED, "learned schedule"),
 }  # fmt: skip
 
 
+def control_accuracies(results: Results, name: str) -> dict[str, du.Accuracies]:
+    """What undistilled images reach under the protocol that a set is made for, by images, labels and schedule."""
+    scratch = name.endswith("-scratch")
+    experiment, kind = (name, "control: ") if scratch else (f"controls-{name}", "")
+    rows = results.find(experiment).row.str.replace("(?<=constant step size).*", "", regex=True).unique()
+    rows = [row.removeprefix(kind) for row in rows if row.startswith(tuple(kind + images for images in UNDISTILLED))]
+    return {row: results.pooled(experiment, kind + row) for row in rows}
+
+
+def strongest_control(results: Results, name: str) -> tuple[str, du.Accuracies]:
+    """Of all controls of a set, the one with the highest mean; an empty name and text where none was measured."""
+    return max(control_accuracies(results, name).items(), key=lambda item: item[1].mean, default=("", ""))
+
+
 def schedules_table(results: Results) -> str:
     """Learned schedules, and undistilled images under as many updates of the same inner optimizer."""
-    columns, rows = [f"{images}, {schedule}" for images in UNDISTILLED for schedule in SCHEDULES], []
-    for experiment, row in CONTROLLED.items():
-        if len(results.find(f"controls-{experiment}")) > 0:
-            found = [results.pooled(f"controls-{experiment}", column) for column in columns]
-            rows.append([experiment, results.pooled(experiment, row), *found])
-    return markdown_table(["updates as in", "distilled", *columns], rows)
-
-
-def best_controls(results: Results, experiment: str) -> list[du.Accuracies | str]:
-    """Of random real images and of k-means centers, the accuracy under the best of three schedules."""
-    if len(results.find(f"controls-{experiment}")) == 0:
-        return [""] * len(UNDISTILLED)
-    found = [
-        [results.pooled(f"controls-{experiment}", f"{images}, {schedule}") for schedule in SCHEDULES]
-        for images in UNDISTILLED
-    ]
-    return [max(group, key=lambda each: each.mean) for group in found]
+    rows, columns = {}, {}
+    for experiment in CONTROLLED:
+        for title, found in control_accuracies(results, experiment).items():
+            images, labels, schedule = title.split(", ")
+            learned = schedule.startswith("step sizes")
+            cells = {schedule: found, "best labels": labels} if learned else {f"{schedule}, {labels}": found}
+            rows.setdefault((experiment, images), {}).update(cells)
+            columns |= dict.fromkeys(cells)
+    constant = [column for column in columns if column.startswith("constant")]
+    columns = [*constant, *(column for column in columns if column not in constant)]
+    lines = []
+    for (experiment, images), cells in rows.items():
+        distilled = results.pooled(experiment, CONTROLLED[experiment])
+        lines.append([experiment, distilled, images, *(cells.get(column, "") for column in columns)])
+    return markdown_table(["updates as in", "distilled", "undistilled images", *columns], lines)
 
 
 # -------------------------------------------------------------------------------------------------------- the ablation
@@ -267,27 +293,30 @@ def transfer_table(results: Results) -> str:
 def headline_table(paper: Results, best: Results) -> str:
     """The main accuracies beside published ones and the strongest undistilled images that are used in the same way."""
 
-    def control(found: list[du.Accuracies | str]) -> str:
-        pairs = [(each, title) for each, title in zip(found, UNDISTILLED, strict=True) if each]
-        accuracies, title = max(pairs, key=lambda pair: pair[0].mean, default=("", ""))
-        return f"{accuracies} ({title})" if title else ""
+    def beside_control(results: Results, name: str, row: str) -> list:
+        title, accuracies = strongest_control(results, name)
+        return [f"{accuracies} ({title.partition(',')[0]})" if title else "", results.pooled(name, row)]
 
-    def scheduled(results: Results, name: str, row: str) -> list:
-        return [control(best_controls(results, name)), results.pooled(name, row)]
-
-    def scratch(name: str) -> list:
-        controls = [best.pooled(name, f"control: {images}, true labels") for images in UNDISTILLED]
-        return [control(controls), best.pooled(name, "from scratch")]
-
-    learned, matching = "learned schedule", "93.9 ± 0.6 (gradient matching, augmented)"
+    learned, scratch = "learned schedule", "from scratch"
+    matching = "93.9 ± 0.6 (gradient matching, augmented)"
     rows = [
-        ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *scheduled(paper, "fixed-10", "fixed")],
-        ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *scheduled(paper, "random-noise", "unseen")],
-        ["100", "30 updates of Adam", "82.7 ± 2.8 (soft labels)", *scheduled(best, "mnist-ipc10-30steps", learned)],
-        ["100, multi-formation", "30 updates of Adam", "", *scheduled(best, "mnist-ipc10-mf2-30steps", learned)],
-        ["100", "from scratch", matching, *scratch("mnist-ipc10-scratch")],
-        ["100, multi-formation", "from scratch", "", *scratch("mnist-ipc10-mf2-scratch")],
-        ["500, multi-formation", "from scratch", "", *scratch("mnist-ipc50-mf2-scratch")],
+        [
+            "10, fixed initialization",
+            "3 updates of SGD",
+            "93.8 (Wang et al.)",
+            *beside_control(paper, "fixed-10", "fixed"),
+        ],
+        ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside_control(paper, "random-noise", "unseen")],
+        [
+            "100",
+            "30 updates of Adam",
+            "82.7 ± 2.8 (soft labels)",
+            *beside_control(best, "mnist-ipc10-30steps", learned),
+        ],
+        ["100, multi-formation", "30 updates of Adam", "", *beside_control(best, "mnist-ipc10-mf2-30steps", learned)],
+        ["100", "from scratch", matching, *beside_control(best, "mnist-ipc10-scratch", scratch)],
+        ["100, multi-formation", "from scratch", "", *beside_control(best, "mnist-ipc10-mf2-scratch", scratch)],
+        ["500, multi-formation", "from scratch", "", *beside_control(best, "mnist-ipc50-mf2-scratch", scratch)],
     ]
     return markdown_table(["images stored", "trained", "as reported (%)", "strongest control", "here"], rows)
 
