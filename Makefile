@@ -1,6 +1,7 @@
 # make notebook         run the tutorial; the executed copy and all that it makes go to out/
 # make lab              open the tutorial in JupyterLab
 # make test             lint, then every test
+# make test-faults      kill runs, damage files and make bad calls, and count what comes of it
 # make study            every experiment that study/results does not hold yet
 # make study-notebooks  run the two notebooks of the study into out/
 # make benchmark        time the meta-gradient beside other ways to compute it
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir out
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: notebook lab test study study-notebooks benchmark release clean
+.PHONY: notebook lab test test-faults study study-notebooks benchmark release clean
 
 notebook: $(VENV)/installed
 	$(RUN_NOTEBOOK) distill.ipynb
@@ -28,6 +29,9 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-faults: $(VENV)/installed
+	KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fault
 
 study: $(VENV)/installed
 	$(BIN)/python -m study

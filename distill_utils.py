@@ -1,26 +1,27 @@
-"""Dataset distillation: learn a few images that train a network, by differentiating through its training.
+"""Dataset distillation (Wang, Zhu, Torralba and Efros 2018, arXiv 1811.10959): learn a few images that train a network.
 
-After Wang, Zhu, Torralba and Efros, "Dataset Distillation", 2018 (arXiv 1811.10959). Brackets give shapes. A *network
-factory* is a callable that returns a freshly initialized `nn.Module`, which turns images [n, c, h, w] into class scores
-[n, classes]. Images are *normalized* when `(pixel - mean) / std` has been applied to pixels in 0..1.
+Brackets give shapes. A *network factory* is a callable that returns a freshly initialized `nn.Module`, which turns
+images [n, c, h, w] into class scores [n, classes]. *Normalized* images are `(pixel - mean) / std`, of pixels in 0..1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import higher
-import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.torch
 import torch
@@ -49,10 +50,11 @@ def require_counts(**counts: object) -> None:
 
 def pick_device(device: str = "auto") -> torch.device:
     """The named device; "auto" picks cuda where there is one, else mps, else cpu. Raises ValueError if missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    names = [name for name in there if there[name]]
+    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     device = names[0] if device == "auto" else device
-    require(device.split(":")[0] in names, f"device={device!r}: not on this machine; give auto, {' or '.join(names)}")
+    kind, _, number = device.partition(":")
+    sound = kind in names and (not number or (number.isdecimal() and int(number) < max(1, torch.cuda.device_count())))
+    require(sound, f"device={device!r}: not on this machine; give auto, {' or '.join(names)}")
     return torch.device(device)
 
 
@@ -90,8 +92,9 @@ def make_dataset(name: str, train: Pair, test: Pair, *, validation: int, device:
     """Makes a `Dataset` of (pixels [n, c, h, w] in 0..1, integer labels [n]) pairs. A fixed shuffle, the same in every
     run, moves `validation` images out of `train`. Raises ValueError where shapes or ranges are wrong."""
     for argument, (pixels, labels) in {"test": test, "train": train}.items():  # train last, as it is used below
-        shaped = pixels.ndim == 4 and labels.shape == pixels.shape[:1] and len(labels) > 0
-        require(shaped, f"{argument}: pixels {list(pixels.shape)}, labels {list(labels.shape)}; give [n, c, h, w], [n]")
+        sound = isinstance(pixels, Tensor) and isinstance(labels, Tensor) and pixels.ndim == 4 and len(labels) > 0
+        found = f"{argument}: pixels {list(np.shape(pixels))}, labels {list(np.shape(labels))}"
+        require(sound and labels.shape == pixels.shape[:1], f"{found}; give tensors [n, c, h, w], [n]")
         low, high = float(pixels.min()), float(pixels.max())
         require(0 <= low < high <= 1, f"{argument}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
     classes, tested = labels.unique().tolist(), test[1].unique().tolist()
@@ -109,13 +112,18 @@ def make_dataset(name: str, train: Pair, test: Pair, *, validation: int, device:
 def load_torchvision(name: str, root: str | Path, *, device: torch.device | str) -> Dataset:
     """Loads torchvision's MNIST, FashionMNIST or KMNIST from the folder `root`, or downloads it there; one training
     image in twelve is held out for validation. Raises FileNotFoundError, with the remedy, where neither works."""
-    names = ("MNIST", "FashionMNIST", "KMNIST")
-    require(name in names, f"name={name!r}: give one of {', '.join(names)}")
+    require(name in ("MNIST", "FashionMNIST", "KMNIST"), f"name={name!r}: give one of MNIST, FashionMNIST, KMNIST")
+    raw, known, patience = Path(root) / name / "raw", Path(root).exists(), socket.getdefaulttimeout()
+    socket.setdefaulttimeout(patience or 30)  # seconds; torchvision would wait forever
     try:
         parts = [getattr(torchvision.datasets, name)(root, download=True, train=train) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        remedy = f"connect to the internet once, or copy a folder {name}/raw with its four files there"
-        raise FileNotFoundError(f"root='{root}': holds no {name}, and downloading it failed; {remedy}") from error
+    except Exception as error:  # damaged files meet torchvision with errors of many kinds
+        with contextlib.suppress(OSError):  # torchvision makes these folders; they may hold files, or not be there
+            [folder.rmdir() for folder in (raw, raw.parent, *([] if known else [Path(root)]))]
+        remedy = f"delete {raw} and connect to the internet once, or put {name}'s four files there"
+        raise FileNotFoundError(f"root='{root}': {name} is missing or damaged; {remedy}") from error
+    finally:
+        socket.setdefaulttimeout(patience)
     train, test = ((part.data[:, None] / 255, part.targets) for part in parts)
     return make_dataset(name, train, test, validation=len(train[1]) // 12, device=device)
 
@@ -133,8 +141,8 @@ def load_digits(*, device: torch.device | str) -> Dataset:
     pixels, labels = torch.from_numpy(digits.images).float()[:, None] / 16, torch.from_numpy(digits.target)
     pixels = F.pad(F.interpolate(pixels, size=(20, 20), mode="bilinear"), [4, 4, 4, 4])  # [1797, 1, 28, 28]
     rows = model_selection.train_test_split(range(len(labels)), test_size=300, random_state=0, stratify=labels)
-    train, test = ((pixels[part], labels[part]) for part in rows)
-    return make_dataset("scikit-learn digits", train, test, validation=200, device=device)
+    pairs = ((pixels[part], labels[part]) for part in rows)
+    return make_dataset("scikit-learn digits", *pairs, validation=200, device=device)
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -161,8 +169,7 @@ def fixed_initialization(make_network: Factory, *, seed: int) -> Factory:
 def sample_networks(make_network: Factory, count: int, device: torch.device) -> nn.Module:
     """Samples networks from torch's random state, as one module. Raises ValueError for a network in place of a factory,
     for frozen weights, and for layers such as dropout and batch norm, as networks stay in training mode here."""
-    found = f"make_network={type(make_network).__name__}(...): give the factory, or fixed_initialization(...)"
-    require(not isinstance(make_network, nn.Module), found)
+    require(not isinstance(make_network, nn.Module), "make_network: found a network; give a factory, as its class is")
     networks = [make_network().to(device) for _ in range(count)]
     frozen = [name for name, weight in networks[0].named_parameters() if not weight.requires_grad]
     require(not frozen, f"make_network: {', '.join(frozen)} require no gradient; register constants as buffers")
@@ -186,10 +193,9 @@ class Ensemble(nn.Module):
         self.template = (copy.deepcopy(networks[0]),)  # in a tuple, so that its weights do not count as ours
 
     def forward(self, images: Tensor) -> Tensor:
-        def scores(*state: Tensor) -> Tensor:
-            return torch.func.functional_call(self.template[0], dict(zip(self.names, state, strict=True)), (images,))
-
-        return torch.vmap(scores, randomness="different")(*self.parameters(), *self.buffers())
+        state = dict(zip(self.names, [*self.parameters(), *self.buffers()], strict=True))
+        run = partial(torch.func.functional_call, self.template[0])
+        return torch.vmap(run, in_dims=(0, None), randomness="different")(state, (images,))
 
     def train(self, mode: bool = True) -> Ensemble:
         self.template[0].train(mode)  # the template has the layers, and so their mode
@@ -208,12 +214,8 @@ def init_from_noise(dataset: Dataset, *, steps: int, per_class: int = 1, std: fl
 
 def init_from_real(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> Pair:
     """Random training images, no image twice; shapes as `init_from_noise`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def sample(images: Tensor, count: int) -> Tensor:
-        return images[torch.randperm(len(images), generator=generator)[:count]]
-
-    return init_per_class(dataset, steps, per_class, sample)
+    shuffle = partial(torch.randperm, generator=torch.Generator().manual_seed(seed))
+    return init_per_class(dataset, steps, per_class, lambda images, count: images[shuffle(len(images))[:count]])
 
 
 def init_from_kmeans(dataset: Dataset, *, steps: int, per_class: int = 1, seed: int = 0) -> Pair:
@@ -264,29 +266,28 @@ class DistilledSet(nn.Module):
         soft_labels: bool = False, label_smoothing: float = 0.5, optimizer: str = "SGD", momentum: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        require(
-            images.dim() == 5 and images.numel() > 0, f"images: shape {list(images.shape)}; give [steps, n, c, h, w]"
-        )
-        sound = images.is_floating_point() and bool(images.isfinite().all())
-        require(sound, "images: give finite floating-point numbers")
+        sound = isinstance(images, Tensor) and images.dim() == 5 and images.numel() > 0
+        require(sound, f"images: shape {list(np.shape(images))}; give a tensor [steps, n, c, h, w]")
+        require(images.is_floating_point() and bool(images.isfinite().all()), "images: give finite floating-point ones")
         require_counts(epochs=epochs)
         require(0 < label_smoothing <= 1, f"label_smoothing={label_smoothing}: give more than 0 and at most 1")
         require(optimizer in ("SGD", "Adam"), f"optimizer={optimizer!r}: give SGD or Adam")
         sound = 0 <= momentum < 1 and (momentum == 0 or optimizer == "SGD")
         require(sound, f"momentum={momentum}: give at least 0 and less than 1; 0 with Adam, which has its own moments")
         self.steps, self.epochs, self.updates = len(images), int(epochs), len(images) * int(epochs)
+        require(self.updates <= 10**6, f"epochs={epochs}: makes {self.updates:,} updates; give at most a million")
         self.optimizer, self.momentum = optimizer, float(momentum)
+        self.iterations = "0"  # of the outer loop, as "7 of 400" where it was interrupted; `Distillation` counts
         self.images = nn.Parameter(images.clone())
         self.set_step_sizes(step_size)
-        shape, found = list(self.decode().shape[:2]), f"labels: shape {list(labels.shape)}"
-        sound = labels.dim() == 3 and list(labels.shape[:2]) == shape
-        require(sound, f"{found}; give {shape} and classes, for integer labels F.one_hot(labels, classes)")
+        shape, remedy = list(self.decode().shape[:2]), "for integer labels F.one_hot(labels, classes)"
+        sound = isinstance(labels, Tensor) and labels.dim() == 3 and list(labels.shape[:2]) == shape
+        require(sound, f"labels: shape {list(np.shape(labels))}; give a tensor {shape} and classes, {remedy}")
         labels = labels.to(images)
         sound = (labels >= 0).all() & ((labels.sum(-1) - 1).abs() < 1e-4).all()
         require(bool(sound), "labels: give probabilities, which are at least 0 and add up to 1 for each image")
         if soft_labels:
-            smoothed = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
-            self.label_scores = nn.Parameter(smoothed.log())
+            self.label_scores = nn.Parameter(torch.lerp(labels, labels.mean(-1, keepdim=True), label_smoothing).log())
         else:
             self.register_buffer("hard_labels", labels.clone())
 
@@ -303,8 +304,8 @@ class DistilledSet(nn.Module):
     def set_step_sizes(self, step_size: float | Tensor) -> DistilledSet:
         """Sets all step sizes to one number, or to those of a tensor [updates], and returns the set."""
         sizes = torch.as_tensor(step_size).detach().to(self.images)
-        shaped, remedy = sizes.shape in ((), (self.updates,)), f"give one number or [{self.updates}]"
-        require(shaped, f"step_size: shape {list(sizes.shape)}; {remedy}")
+        sound = sizes.shape in ((), (self.updates,))
+        require(sound, f"step_size: shape {list(sizes.shape)}; give one number or [{self.updates}]")
         require(bool((sizes > 0).all() & sizes.isfinite().all()), f"step_size={step_size}: give positive numbers")
         # The inverse of softplus, log(exp(s) - 1), in the form that does not overflow for a large s.
         self.raw_step_sizes = nn.Parameter((sizes + (-torch.expm1(-sizes)).log()).expand(self.updates).clone())
@@ -335,18 +336,20 @@ class DistilledSet(nn.Module):
 
     def save(self, path: str | Path, *, dataset: Dataset, **notes: object) -> None:
         """Writes a safetensors file in the format of `distilled/README.md`; `notes`, as network="LeNet", go with it."""
-        require(not Path(path).is_dir(), f"path='{path}': is a folder; name a file in it")
-        versions = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher"))
-        notes = {"dataset": dataset.name, "mean": dataset.mean, "std": dataset.std, "versions": versions, **notes}
-        metadata = {**{name: str(value) for name, value in notes.items()}, **self.metadata()}
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("images", "labels", "step_sizes")}
-        partial = Path(f"{path}.{os.getpid()}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        content = safetensors.torch.save(tensors, metadata)
+        sound = all(tensor.isfinite().all() for tensor in tensors.values())
+        require(sound, f"path='{path}': the set has values that are not finite; distill again with a lower step_size=")
+        versions = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher"))
+        made = {"dataset": dataset.name, "mean": dataset.mean, "std": dataset.std, "iterations": self.iterations}
+        notes = {**made, "versions": versions, **notes}
+        metadata = {name: str(value) for name, value in notes.items()} | self.metadata()
+        content = safetensors.torch.save(tensors, {**metadata, "sha256": checksum(tensors, metadata)})
+        unfinished = Path(f"{path}.{os.getpid()}.partial")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         end = 8 + int.from_bytes(content[:8], "little")  # of the header, whose order varies from call to call
         header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        partial.write_bytes(content[:8] + header.encode().ljust(end - 8) + content[end:])
-        partial.replace(path)  # so that the file is there whole or not at all
+        unfinished.write_bytes(content[:8] + header.encode().ljust(end - 8) + content[end:])
+        unfinished.replace(path)  # so that the file is there whole or not at all
 
     @staticmethod
     def load(path: str | Path, *, device: torch.device | str = "cpu") -> DistilledSet:
@@ -355,14 +358,21 @@ class DistilledSet(nn.Module):
         try:
             with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
                 metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            require(metadata.pop("sha256") == checksum(tensors, metadata), "its checksum does not fit")
             kind = {kind.__name__: kind for kind in kinds}[metadata["parametrization"]]
             options = {name: json.loads(metadata[name]) for name in ("epochs", "momentum", *kind.options)}
             options |= {"optimizer": metadata["inner_optimizer"], "step_size": tensors.pop("step_sizes").flatten()}
             loaded = kind(**tensors, **options)
             require(loaded.metadata().items() <= metadata.items(), f"trains unlike {loaded.metadata()}")
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path='{path}': no whole and sound distilled set ({error})") from error
+        loaded.iterations = metadata.get("iterations", "0")
         return loaded
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of what a set's file holds."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() + safetensors.torch.save(tensors)).hexdigest()
 
 
 class MultiFormation(DistilledSet):
@@ -461,7 +471,9 @@ class Distillation:
         require(clip > 0, f"clip={clip}: give more than 0; math.inf does not clip")
         least = {"learning_rate": learning_rate, "step_size_learning_rate": step_size_learning_rate, "seed": seed}
         for name, value in least.items():
-            require(value >= 0, f"{name}={value}: give at least 0")
+            require(0 <= value < math.inf, f"{name}={value}: give at least 0, and a finite number")
+        ours, theirs = ((images.dtype, images.device) for images in (distilled.images, dataset.train.images))
+        require(ours == theirs, f"distilled: images are {ours}, those of the dataset {theirs}; make both alike")
         self.distilled, self.dataset, self.make_network = distilled, dataset, make_network
         self.iterations, self.networks, self.batch_size, self.clip = iterations, networks, batch_size, clip
         self.iteration, self.running_norm, self.history = 0, math.inf, History()
@@ -496,6 +508,7 @@ class Distillation:
         self.cosine.step()
         self.history.loss.append(loss)
         self.iteration += 1
+        self.distilled.iterations = f"{self.iteration} of {self.iterations}"
 
     def validate(self, networks: int) -> None:
         """Adds a validation to the history, unless it ends with one of this iteration."""
@@ -550,6 +563,7 @@ def evaluate(distilled: DistilledSet, split: Split, make_network: Factory, *, ne
              seed: int = 10_000) -> Accuracies:  # fmt: skip
     """Accuracies on `split` of fresh networks drawn from `seed`, each trained on `distilled` with its schedule."""
     require_counts(networks=networks)
+    require(bool(split.images.isfinite().all()), "split: some images are not finite; see make_dataset")
     at_once, values = 8 if split.images.device.type == "cpu" else 64, []  # on a CPU, more gain nothing
     with seeded(seed):
         for first in range(0, networks, at_once):
@@ -584,16 +598,3 @@ def best_constant_step_size(
     """A copy of the set with the step size, one for all updates, that has the best validation accuracy."""
     candidates = [copy.deepcopy(distilled).set_step_sizes(step_size) for step_size in step_sizes]
     return max(candidates, key=lambda each: validation_accuracy(each, dataset, make_network, networks=networks))
-
-
-def draw_images(panels: dict[str, Tensor], *, columns: int = 10) -> plt.Figure:
-    """Titled grids of images [..., c, h, w], normalized, side by side; -2 is drawn black, 4 white."""
-    options = {"nrow": columns, "normalize": True, "value_range": (-2, 4), "pad_value": 0.5}
-    grids = [torchvision.utils.make_grid(images.detach().cpu().flatten(0, -4), **options) for images in panels.values()]
-    height = 0.6 + max(4.5 * grid.shape[1] / grid.shape[2] for grid in grids)  # inches, for a width of 4.5
-    figure, axes = plt.subplots(1, len(grids), figsize=(4.5 * len(grids), height), squeeze=False, layout="constrained")
-    for axis, title, grid in zip(axes.flat, panels, grids, strict=True):
-        axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(title, fontsize="medium")
-        axis.axis("off")
-    return figure

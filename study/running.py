@@ -2,25 +2,30 @@
 
 A checkpoint is one file: a line that names the format, the SHA-256 of the rest, and what `torch.save` writes of a
 dictionary. Its `settings` and `start` say which run it belongs to, its `state` and `unroll` where that run stands.
+While a run goes on, a file beside it with the ending `.lock` keeps other processes away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import inspect
 import io
 import os
+import platform
 import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from numbers import Number
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -60,8 +65,9 @@ def distill(
         options: the other options of `du.Distillation`. An `unroll` with a state, as a network pool, has `state_dict`
             and `load_state_dict`; each process keeps its own.
 
-    Raises ValueError for bad arguments and for the checkpoint of another run, and FloatingPointError where training
-    diverges; then `distilled` is as the last completed iteration left it, and the last checkpoint stays.
+    Raises ValueError for bad arguments, for the checkpoint of another run and for one that another process is at, and
+    FloatingPointError where training diverges; then `distilled` is as the last completed iteration left it, and the
+    last checkpoint stays. A checkpoint that cannot be written, as on a full disk, is a warning: the run goes on.
     """
     return Run(
         distilled, dataset, make_network, iterations=iterations, checkpoint=checkpoint, validate_every=validate_every,
@@ -82,6 +88,7 @@ class Run:
         self.distillation.rank, self.processes = process_rank()
         self.checkpoint, self.progress = checkpoint, progress
         self.validate_every, self.validation_networks = validate_every, validation_networks
+        self.written = False  # whether the checkpoint is up to date
         if checkpoint is not None:
             on_first_process(lambda: require_writable("checkpoint", checkpoint))
             every = {"validate_every": validate_every, "validation_networks": validation_networks}
@@ -90,6 +97,13 @@ class Run:
 
     def finish(self) -> du.History:
         """Resumes where the checkpoint is, runs to the end and returns the history."""
+        if self.checkpoint is None:
+            return self._finish()
+        with contextlib.ExitStack() as stack:
+            on_first_process(lambda: stack.enter_context(locked("checkpoint", self.checkpoint)) and None)
+            return self._finish()
+
+    def _finish(self) -> du.History:
         self.resume()
         run, iterations = self.distillation, self.distillation.iterations
         options = {"file": sys.stdout, "ncols": 100, "mininterval": 1.0, "disable": not self.progress or run.rank > 0}
@@ -130,7 +144,7 @@ class Run:
     def interrupt_text(self) -> str:
         """The sentence that an interrupted run ends with."""
         done = f"Interrupted after {self.distillation.iteration} of {self.distillation.iterations} iterations"
-        if self.checkpoint is None:
+        if not self.written:
             return f"{done}: the distilled set keeps what it has learned; with checkpoint=, a run can be resumed."
         return f"{done}: the same call, with checkpoint='{self.checkpoint}', goes on from there."
 
@@ -147,7 +161,7 @@ class Run:
         }  # fmt: skip
         unrolls = gather_on_first_process(run.unroll.state_dict() if hasattr(run.unroll, "state_dict") else None)
         content = {"settings": self.settings, "start": self.start, "state": state, "unroll": unrolls}
-        on_first_process(lambda: write_checkpoint(self.checkpoint, content))
+        self.written = on_first_process(lambda: try_to_write(self.checkpoint, content))
 
     def resume(self) -> None:
         """Puts everything back where the checkpoint exists; every process then has the state of the first."""
@@ -172,6 +186,7 @@ class Run:
             getattr(run, part).load_state_dict(state[part])
         run.iteration, run.running_norm = state["iteration"], state["running_norm"]
         run.history = du.History(**state["history"])
+        run.distilled.iterations = f"{run.iteration} of {run.iterations}"
 
     def read(self) -> bytes | None:
         """The checkpoint's content where it exists. Raises ValueError where it is damaged or of another run."""
@@ -196,14 +211,22 @@ class Run:
         return pack(content)
 
 
+def try_to_write(path: str | Path, content: dict) -> bool:
+    """Writes a checkpoint and tells whether it could; if not, warns: that is no reason to end a run."""
+    try:
+        write_checkpoint(path, content)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); the run goes on without"
+        warnings.warn(f"checkpoint='{path}': {reason}", stacklevel=2)
+        return False
+    return True
+
+
 def write_checkpoint(path: str | Path, content: dict) -> None:
     """Writes a checkpoint, whole or not at all."""
     payload = pack(content)
-    try:
-        with write_safely(path) as partial:
-            partial.write_bytes(HEADER + hashlib.sha256(payload).digest() + payload)
-    except OSError as error:
-        raise OSError(f"checkpoint='{path}': cannot be written ({error.strerror}); name another file") from error
+    with write_safely(path) as partial:
+        partial.write_bytes(HEADER + hashlib.sha256(payload).digest() + payload)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -246,6 +269,30 @@ def write_safely(path: str | Path) -> Iterator[Path]:
             sync(path.parent, os.O_RDONLY)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(name: str, path: str | Path) -> Iterator[None]:
+    """Within the block, no other process has `path`, the argument `name`; what dead ones left half-written is removed.
+    Raises ValueError, with the other process, where there is one."""
+    path = Path(path)
+    lock = FileLock(f"{path}.lock")
+    file = Path(lock.lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        other = file.read_text() or "another one"
+        message = f"{name}='{path}': process {other} writes it; wait until it ends or name another file"
+        raise ValueError(message) from None
+    try:
+        file.write_text(f"{os.getpid()} on {platform.node()}")
+        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+            unfinished.unlink()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            file.unlink()
+        lock.release()
 
 
 def sync(path: Path, flags: int) -> None:

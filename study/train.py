@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,7 @@ def check(options: Options) -> None:
     counts += ("validation_networks", "test_networks")
     du.require_counts(**{name: getattr(options, name) for name in counts})
     du.require(options.init_std is None or options.init == "noise", needs(options, "init_std", "--init noise"))
+    du.require((options.init_std or 0) >= 0, f"init_std={options.init_std}: give at least 0")
     du.require(
         options.label_smoothing is None or options.soft_labels, needs(options, "label_smoothing", "--soft-labels")
     )
@@ -210,7 +212,8 @@ def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) ->
 def distill(options: Options) -> int:
     """Distills and, in the first process, writes and tests the set; returns the exit status."""
     check(options)
-    with several_processes(options.device) as device:
+    with several_processes(options.device) as device, contextlib.ExitStack() as stack:
+        running.on_first_process(lambda: stack.enter_context(running.locked("output", options.output)) and None)
         dataset, fixed = load_dataset(options, device), options.fixed_initialization
         make_network = du.LeNet if fixed is None else du.fixed_initialization(du.LeNet, seed=fixed)
         run = make_run(options, dataset, make_network)
@@ -223,9 +226,6 @@ def distill(options: Options) -> int:
             return 130
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {save_diverged(options, run)}") from error
-        except OSError:  # the checkpoint cannot be written: no reason to lose what was learned
-            save(options, run, options.output)
-            raise
         save(options, run, options.output)
         if running.process_rank()[0] == 0:
             return test(options, run, make_network)
@@ -246,7 +246,8 @@ def test(options: Options, run: running.Run, make_network: du.Factory) -> int:
 
 
 def save(options: Options, run: running.Run, path: Path) -> None:
-    """Writes the set, in the first process alone, and reads it again before it takes the place of an older file."""
+    """Writes the set, in the first process alone, and reads it again before it takes the place of an older file. Where
+    the disk refuses, the set goes to the temporary folder, and an OSError says so."""
     if running.process_rank()[0] > 0:
         return
     processes = running.process_rank()[1]
@@ -254,12 +255,18 @@ def save(options: Options, run: running.Run, path: Path) -> None:
     distillation, fixed = run.distillation, options.fixed_initialization
     notes = {
         "network": "LeNet", "initialization": "random" if fixed is None else f"fixed, seed {fixed}",
-        "seed": options.seed, "iterations": f"{distillation.iteration} of {distillation.iterations}",
+        "seed": options.seed,
         "command": f"{runner} -m study.train {shlex.join(sys.argv[1:])}",
     }  # fmt: skip
-    with running.write_safely(path) as partial:
-        distillation.distilled.save(partial, dataset=distillation.dataset, **notes)
-        du.DistilledSet.load(partial)
+    try:
+        with running.write_safely(path) as partial:
+            distillation.distilled.save(partial, dataset=distillation.dataset, **notes)
+            du.DistilledSet.load(partial)
+    except OSError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="distilled-")) / path.name
+        distillation.distilled.save(elsewhere, dataset=distillation.dataset, **notes)
+        place = f"the set {progress(run)} is in '{elsewhere}'"
+        raise OSError(f"output='{path}': cannot be written ({error.strerror}); {place}") from error
 
 
 def save_diverged(options: Options, run: running.Run) -> str:

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib as mpl
@@ -61,6 +63,47 @@ def mnist_root() -> str:
             pytest.fail(message)
         pytest.skip(message)
     return str(Path(root).resolve())
+
+
+# ----------------------------------------------------------------------------------------- faults
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Times and weighs each test marked `fault(kind)`, for the summary; a refusal must be quick and small."""
+    marker = item.get_closest_marker("fault")
+    if marker is None:
+        return (yield)
+    status, before, begin = Path("/proc/self/status"), 0.0, time.perf_counter()
+
+    def read_gigabytes(name: str) -> float:
+        return int(status.read_text().split(f"{name}:")[1].split()[0]) / 1e6 if status.exists() else 0.0
+
+    if status.exists():  # on Linux
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before = read_gigabytes("VmRSS")
+    measured = {}
+    try:
+        result = yield
+    finally:
+        measured |= {"seconds": time.perf_counter() - begin, "gigabytes": read_gigabytes("VmHWM")}
+        item.user_properties.append((marker.args[0], measured))
+    if marker.args[0] in ("bad calls named", "damaged files refused"):
+        assert measured["seconds"] < 5, measured
+        assert measured["gigabytes"] - before < 1, measured
+    return result
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how many faults of each kind were met as they should be."""
+    found = defaultdict(list)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for kind, measured in getattr(report, "user_properties", []):
+                if report.when == "call":
+                    found[kind].append((outcome == "passed", measured["seconds"], measured["gigabytes"]))
+    for kind, tests in sorted(found.items()):
+        passed, seconds, gigabytes = zip(*tests, strict=True)
+        limits = f"slowest {max(seconds):.1f} s, peak memory {max(gigabytes):.2f} GB"
+        terminalreporter.write_line(f"{kind}: {sum(passed)} of {len(tests)}; {limits}")
 
 
 # ---------------------------------------------------------------------------------------- devices

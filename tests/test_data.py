@@ -1,11 +1,15 @@
 """Datasets: their splits and ranges, and what happens where one is missing."""
 
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 
 import distill_utils as du
+from tests.conftest import Smooth
 
 
 def test_mnist_is_split_55_5_10_and_normalized(mnist_root):
@@ -62,7 +66,6 @@ def test_images_may_have_three_channels_other_number_types_and_any_memory_layout
     du.distill(distilled, dataset, make_network, iterations=2, progress=False)
     assert distilled.images.shape == (2, 2, 3, 4, 4)
     assert du.evaluate(distilled, dataset.test, make_network, networks=2).mean >= 0
-    du.draw_images({"color": distilled.images})
 
 
 def test_a_missing_dataset_says_how_to_get_it(tmp_path, monkeypatch):
@@ -70,30 +73,77 @@ def test_a_missing_dataset_says_how_to_get_it(tmp_path, monkeypatch):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", no_network)
-    with pytest.raises(FileNotFoundError, match=r"no MNIST.* MNIST/raw ") as raised:
-        du.load_mnist(tmp_path, device="cpu")
-    assert str(tmp_path) in str(raised.value)
+    root = tmp_path / "mistyped"
+    with pytest.raises(FileNotFoundError, match=r"MNIST is missing or damaged; delete .*MNIST/raw and ") as raised:
+        du.load_mnist(root, device="cpu")
+    assert str(root) in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert not root.exists(), "no folder is left behind"
 
 
+@pytest.mark.fault("bad calls named")
+def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "getdefaulttimeout", lambda: 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [address])
+        with pytest.raises(FileNotFoundError, match="MNIST is missing or damaged"):
+            du.load_mnist(tmp_path / "data", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": cut,
+    "zeroed": lambda data: bytes(len(data)),
+    "junk": lambda data: b"<html>",
+}
+
+
+@pytest.mark.fault("damaged files refused")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("file", ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_damaged_mnist_files_are_named_and_kept(tmp_path, mnist_root, file, damage):
+    source, raw = Path(mnist_root) / "MNIST" / "raw", tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = f"{part}-{kind}-ubyte"
+            (raw / name).write_bytes((source / name.replace("train", "t10k")).read_bytes())  # the smaller ones
+    (raw / file).write_bytes(damage((raw / file).read_bytes()))
+    with pytest.raises((FileNotFoundError, ValueError), match=r"MNIST is missing or damaged; delete|test: pixels"):
+        du.load_mnist(tmp_path, device="cpu")
+    assert len(list(raw.iterdir())) == 4
+
+
+@pytest.mark.fault("bad calls named")
 def test_a_file_in_place_of_the_data_folder_is_named(tmp_path):
     (tmp_path / "data").touch()
     with pytest.raises(FileNotFoundError, match=r"root='.*data'"):
         du.load_mnist(tmp_path / "data", device="cpu")
 
 
+@pytest.mark.fault("bad calls named")
 def test_an_unknown_dataset_is_named():
     with pytest.raises(ValueError, match="name='CIFAR10': give one of MNIST, FashionMNIST"):
         du.load_torchvision("CIFAR10", "anywhere", device="cpu")
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize(
     ("pixels", "labels", "validation", "message"),
     [
-        (torch.rand(9, 4, 4), torch.zeros(9), 3, r"pixels \[9, 4, 4\].*give \[n, c, h, w\]"),
+        (np.zeros((9, 1, 4, 4)), np.zeros(9), 3, r"pixels \[9, 1, 4, 4\].*; give tensors"),
+        (torch.rand(9, 1, 4, 4), list(range(9)), 3, r"labels \[9\]; give tensors"),
+        (torch.rand(9, 1, 4, 4), torch.tensor([0] * 8 + [3 * 10**8]), 3, r"train: labels \[0, 300000000\]; number"),
+        (torch.rand(9, 4, 4), torch.zeros(9), 3, r"pixels \[9, 4, 4\].*give tensors \[n, c, h, w\]"),
         (torch.rand(9, 1, 4, 4), torch.zeros(8), 3, r"pixels \[9, 1, 4, 4\], labels \[8\]"),
         (torch.rand(0, 1, 4, 4), torch.zeros(0), 3, r"pixels \[0, 1, 4, 4\].*; give"),
-        (torch.rand(9, 1, 4, 4), torch.eye(9), 3, r"pixels .*, labels \[9, 9\]; give .* \[n\]"),
+        (torch.rand(9, 1, 4, 4), torch.eye(9), 3, r"pixels .*, labels \[9, 9\]; give tensors .* \[n\]"),
         (255 * torch.rand(9, 1, 4, 4), torch.zeros(9), 3, r"pixels lie in .* scale them to 0\.\.1"),
         (torch.full((9, 1, 4, 4), float("nan")), torch.zeros(9), 3, "pixels lie in nan"),
         (torch.zeros(9, 1, 4, 4), torch.zeros(9), 3, r"pixels lie in 0\.\.0"),
@@ -108,6 +158,7 @@ def test_bad_data_is_named(pixels, labels, validation, message):
         du.make_dataset("bad", (pixels, labels), (pixels, labels), validation=validation, device="cpu")
 
 
+@pytest.mark.fault("bad calls named")
 def test_bad_test_images_and_labels_are_named_as_such():
     pixels, labels = torch.rand(9, 1, 4, 4), torch.arange(9) % 3
     with pytest.raises(ValueError, match=r"test: labels \[1, 2, 3\]; give those of train, 0 to 2"):
@@ -133,18 +184,25 @@ def test_numpy_integers_are_counts(toy, smooth, count):
     assert len(du.evaluate(distilled, toy.test, smooth, networks=count).values) == 2
 
 
+COUNTED = {
+    "steps": lambda toy, count: du.init_from_noise(toy, steps=count),
+    "per_class": lambda toy, count: du.init_from_real(toy, steps=1, per_class=count),
+    "epochs": lambda toy, count: du.DistilledSet(*du.init_from_real(toy, steps=1), epochs=count),
+    "factor": lambda toy, count: du.MultiFormation(*du.init_from_real(toy, steps=1), factor=count),
+    "networks": lambda toy, count: du.evaluate(make_set(toy), toy.test, Smooth, networks=count),
+    "iterations": lambda toy, count: du.distill(make_set(toy), toy, Smooth, iterations=count),
+    "batch_size": lambda toy, count: du.distill(make_set(toy), toy, Smooth, iterations=1, batch_size=count),
+    "validate_every": lambda toy, count: du.distill(make_set(toy), toy, Smooth, iterations=1, validate_every=count),
+}
+
+
+def make_set(toy: du.Dataset) -> du.DistilledSet:
+    return du.DistilledSet(*du.init_from_real(toy, steps=1))
+
+
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize("count", [0, -1, 2.0, 2.5, True, np.True_, np.float32(2), float("nan"), "2", None])
-def test_other_things_are_refused_as_counts(toy, smooth, count):
-    distilled, message = du.DistilledSet(*du.init_from_real(toy, steps=1)), "give a whole number of at least 1"
-    for name, call in {
-        "steps": lambda: du.init_from_noise(toy, steps=count),
-        "per_class": lambda: du.init_from_real(toy, steps=1, per_class=count),
-        "epochs": lambda: du.DistilledSet(distilled.images, distilled.labels, epochs=count),
-        "factor": lambda: du.MultiFormation(distilled.images, distilled.labels, factor=count),
-        "networks": lambda: du.evaluate(distilled, toy.test, smooth, networks=count),
-        "iterations": lambda: du.distill(distilled, toy, smooth, iterations=count, progress=False),
-        "batch_size": lambda: du.distill(distilled, toy, smooth, iterations=1, batch_size=count, progress=False),
-        "validate_every": lambda: du.distill(distilled, toy, smooth, iterations=1, validate_every=count),
-    }.items():
-        with pytest.raises(ValueError, match=f"^{name}=.*: {message}"):
-            call()
+@pytest.mark.parametrize("name", COUNTED)
+def test_other_things_are_refused_as_counts(toy, name, count):
+    with pytest.raises(ValueError, match=f"^{name}=.*: give a whole number of at least 1"):
+        COUNTED[name](toy, count)

@@ -74,11 +74,10 @@ def test_evaluation_and_training_on_the_device_do_what_they_do_on_the_cpu(device
     assert float(du.accuracy(network, toy_on_device.test)) > 95
 
 
-def test_a_set_is_saved_from_the_device_and_drawn(device, toy_on_device, tmp_path):
+def test_a_set_is_saved_from_the_device(device, toy_on_device, tmp_path):
     distilled = make_set(toy_on_device, factor=2, soft_labels=True)
     distilled.save(tmp_path / "toy.safetensors", dataset=toy_on_device)
     assert torch.equal(du.DistilledSet.load(tmp_path / "toy.safetensors").images, distilled.images.detach().cpu())
-    du.draw_images({"set": distilled.images})
 
 
 def test_a_set_is_loaded_on_every_real_device(device, toy, smooth, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 
 import numpy as np
@@ -70,6 +71,7 @@ def test_centers_lie_closer_to_their_class_than_random_images_do(toy):
     assert mean_distance(*du.init_from_kmeans(toy, steps=2, per_class=2)) < mean_distance(*random)
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize("initialize", [du.init_from_real, du.init_from_kmeans])
 def test_no_more_images_are_taken_than_there_are(toy, initialize):
     with pytest.raises(ValueError, match=r"steps=99 × per_class=1 asks for 99 images of class 0, which has"):
@@ -156,6 +158,7 @@ def test_a_factor_of_one_changes_nothing(toy):
     assert du.DistilledSet(images, labels).decode().shape == images.shape
 
 
+@pytest.mark.fault("bad calls named")
 def test_images_and_labels_must_fit_the_factor(toy):
     images, labels = du.init_from_real(toy, steps=2)
     with pytest.raises(ValueError, match=r"factor=2: a step has 3 images; give a multiple of 4"):
@@ -163,13 +166,15 @@ def test_images_and_labels_must_fit_the_factor(toy):
     for factor in (3, 8):
         with pytest.raises(ValueError, match=rf"factor={factor}: give a number that divides .* \[4, 4\]"):
             du.MultiFormation(images, labels, factor=factor)
-    with pytest.raises(ValueError, match=r"labels: shape \[2, 3, 3\].* give \[2, 12\]"):
+    with pytest.raises(ValueError, match=r"labels: shape \[2, 3, 3\].* give a tensor \[2, 12\]"):
         du.MultiFormation(images, labels, factor=2)
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"epochs": 10**9}, r"epochs=1000000000: makes 2,000,000,000 updates; give at most a million"),
         ({"optimizer": "RMSprop"}, "optimizer='RMSprop': give SGD or Adam"),
         ({"optimizer": "Adam", "momentum": 0.5}, r"momentum=0\.5: .*Adam"),
         ({"label_smoothing": 0}, "label_smoothing=0: give more than 0"),
@@ -187,20 +192,29 @@ def test_bad_options_are_named(toy, options, message):
         make_set(toy, **options)
 
 
-def test_bad_images_and_labels_are_named(toy):
-    images, labels = du.init_from_real(toy, steps=2)
-    for bad, message in (
-        ((images[0], labels), r"images: shape \[3, 1, 4, 4\]; give \[steps, n, c, h, w\]"),
-        ((images[:0], labels[:0]), r"images: shape \[0, 3, 1, 4, 4\]"),
-        ((images * float("nan"), labels), "images: .*finite"),
-        ((images, labels[:, :2]), r"labels: shape \[2, 2, 3\].* give \[2, 3\]"),
-        ((images, labels.argmax(-1)), r"for integer labels F\.one_hot\(labels, classes\)"),
-        ((images, 2 * labels), "labels: give probabilities"),
-        ((images, 2 * labels - 1 / 3), "labels: give probabilities"),
-        ((images, labels * float("nan")), "labels: give probabilities"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            du.DistilledSet(*bad)
+BAD = {
+    "no steps": (lambda images, labels: (images[0], labels), r"images: shape \[3, 1, 4, 4\]; give a tensor \[steps, n"),
+    "empty": (lambda images, labels: (images[:0], labels[:0]), r"images: shape \[0, 3, 1, 4, 4\]"),
+    "NaN images": (lambda images, labels: (images * math.nan, labels), "images: .*finite"),
+    "infinite images": (lambda images, labels: (images / 0, labels), "images: .*finite"),
+    "numpy": (lambda images, labels: (images.numpy(), labels), r"images: shape .*; give a tensor"),
+    "a list": (lambda images, labels: (images.tolist(), labels), r"images: shape \[2, 3, 1, 4, 4\]; give a tensor"),
+    "None": (lambda images, labels: (None, labels), r"images: shape \[\]; give a tensor"),
+    "integers": (lambda images, labels: (images.long(), labels), "images: give finite floating-point ones"),
+    "too few labels": (lambda images, labels: (images, labels[:, :2]), r"labels: shape \[2, 2, 3\].* tensor \[2, 3\]"),
+    "integer labels": (lambda images, labels: (images, labels.argmax(-1)), r"for integer labels F\.one_hot\(labels"),
+    "numpy labels": (lambda images, labels: (images, labels.numpy()), r"labels: shape \[2, 3, 3\]; give a tensor"),
+    "no probabilities": (lambda images, labels: (images, 2 * labels), "labels: give probabilities"),
+    "negative labels": (lambda images, labels: (images, 2 * labels - 1 / 3), "labels: give probabilities"),
+    "NaN labels": (lambda images, labels: (images, labels * math.nan), "labels: give probabilities"),
+}
+
+
+@pytest.mark.fault("bad calls named")
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_bad_images_and_labels_are_named(toy, change, message):
+    with pytest.raises(ValueError, match=message):
+        du.DistilledSet(*change(*du.init_from_real(toy, steps=2)))
 
 
 # -------------------------------------------------------------------------------------------- file
@@ -329,11 +343,12 @@ def rewrite(path, *, drop=(), metadata=None, **changes):
     with safetensors.safe_open(path, framework="pt") as file:
         stated = {**file.metadata(), **(metadata or {})}
     tensors = {name: tensor for name, tensor in safetensors.torch.load_file(path).items() if name not in drop}
-    safetensors.torch.save_file(
-        {**tensors, **changes}, path, {name: value for name, value in stated.items() if value is not None}
-    )
+    tensors |= changes
+    stated = {name: value for name, value in stated.items() if value is not None and name != "sha256"}
+    safetensors.torch.save_file(tensors, path, {**stated, "sha256": du.checksum(tensors, stated)})
 
 
+@pytest.mark.fault("damaged files refused")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -350,7 +365,8 @@ def rewrite(path, *, drop=(), metadata=None, **changes):
         ({"metadata": {"epochs": None}}, "epochs"),
         ({"metadata": {"epochs": "two"}}, ""),
         ({"metadata": {"epochs": "2.5"}}, r"epochs=2\.5"),
-        ({"metadata": {"epochs": "1000000000000000"}}, ""),
+        ({"metadata": {"epochs": "1000000000000000"}}, "give at most a million"),
+        ({"metadata": {"epochs": "500000"}, "step_sizes": torch.tensor(0.1)}, r"step_size: shape \[1\]"),
         ({"metadata": {"inner_optimizer": "LBFGS"}}, "optimizer='LBFGS'"),
         ({"metadata": {"inner_optimizer": "Adam", "betas": "[0.5, 0.9]", "eps": "0.0001"}}, "trains unlike"),
         ({"metadata": {"inner_optimizer": "Adam", "betas": "[0.9, 0.999]", "eps": "1e-08"}}, "trains unlike"),
@@ -365,6 +381,7 @@ def test_an_unsound_file_is_refused(toy, tmp_path, changes, message):
         du.DistilledSet.load(path)
 
 
+@pytest.mark.fault("damaged files refused")
 def test_what_is_no_file_of_a_set_is_refused(toy, tmp_path):
     whole, part, text, foreign = (tmp_path / f"{name}.safetensors" for name in ("whole", "part", "text", "foreign"))
     save(make_set(toy), toy, whole)
@@ -376,10 +393,37 @@ def test_what_is_no_file_of_a_set_is_refused(toy, tmp_path):
             du.DistilledSet.load(path)
 
 
-def test_a_missing_device_and_an_unknown_name_are_named(toy, tmp_path):
+@pytest.mark.fault("bad calls named")
+@pytest.mark.parametrize("device", ["tpu", "cpu:x", "cpu:1", "", "CPU"])
+def test_a_missing_device_is_named(toy, tmp_path, device):
     save(make_set(toy), toy, tmp_path / "toy.safetensors")
-    with pytest.raises(ValueError, match=r"device='tpu': not on this machine; give auto, .*cpu"):
-        du.DistilledSet.load(tmp_path / "toy.safetensors", device="tpu")
+    with pytest.raises(ValueError, match=rf"device='{device}': not on this machine; give auto, .*cpu"):
+        du.DistilledSet.load(tmp_path / "toy.safetensors", device=device)
+
+
+@pytest.mark.fault("bad calls named")
+def test_values_that_are_not_finite_are_not_saved_and_replace_nothing(toy, tmp_path):
+    path, diverged = tmp_path / "toy.safetensors", make_set(toy)
+    save(make_set(toy), toy, path)
+    diverged.images.data.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"toy\.safetensors': the set has values that are not finite"):
+        save(diverged, toy, path)
+    assert torch.equal(du.DistilledSet.load(path).images, make_set(toy).images)
+
+
+def test_the_file_says_how_far_distillation_came(toy, smooth, tmp_path):
+    distilled, path = make_set(toy), tmp_path / "toy.safetensors"
+    run = du.Distillation(distilled, toy, smooth, iterations=5)
+    for done in ("0", "1 of 5", "2 of 5"):
+        save(distilled, toy, path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            assert file.metadata()["iterations"] == done
+        assert du.DistilledSet.load(path).iterations == done
+        run.apply_gradient(run.compute_gradient())
+
+
+@pytest.mark.fault("bad calls named")
+def test_an_unknown_name_is_named():
     with pytest.raises(ValueError, match=r"name='mnist-3': give one of .*mnist-"):
         du.load("mnist-3")
 

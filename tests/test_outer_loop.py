@@ -156,9 +156,11 @@ def test_an_interrupt_propagates_and_the_set_keeps_what_it_learned(toy, smooth, 
     assert du.evaluate(distilled, toy.test, smooth, networks=2).mean >= 0
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"learning_rate": math.inf}, "learning_rate=inf: give at least 0, and a finite number"),
         ({"learning_rate": -1}, "learning_rate=-1: give at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"step_size_learning_rate": -0.1}, r"step_size_learning_rate=-0\.1: give at least 0"),
@@ -180,6 +182,21 @@ def test_bad_settings_are_named_before_any_work(toy, options, message):
         du.distill(initial(toy), toy, no_network, **{**SETTINGS, **options})
 
 
+@pytest.mark.fault("bad calls named")
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_images_unlike_those_of_the_dataset_are_named(toy, smooth, kind):
+    images, labels = du.init_from_real(toy, steps=2)
+    with pytest.raises(ValueError, match=rf"distilled: images are \({kind}, .*those of the dataset \(torch.float32"):
+        du.distill(du.DistilledSet(images.to(kind), labels), toy, smooth, **SETTINGS)
+
+
+@pytest.mark.fault("bad calls named")
+def test_real_images_that_are_not_finite_give_no_accuracy(toy, smooth):
+    split = du.Split(toy.test.images * math.nan, toy.test.labels)
+    with pytest.raises(ValueError, match="split: some images are not finite"):
+        du.evaluate(initial(toy), split, smooth, networks=2)
+
+
 def test_numpy_numbers_are_settings(toy, smooth):
     runs = [initial(toy), initial(toy)]
     du.distill(runs[0], toy, smooth, **SETTINGS, learning_rate=0.5)
@@ -188,6 +205,7 @@ def test_numpy_numbers_are_settings(toy, smooth):
     assert_same(*runs)
 
 
+@pytest.mark.fault("bad calls named")
 def test_divergence_names_the_iteration_and_the_remedy_and_spares_the_set(toy, smooth):
     distilled = initial(toy, step_size=1e30)
     with pytest.raises(FloatingPointError, match=r"not finite at iteration 0, .*lower step_size="):

@@ -5,10 +5,7 @@ import functools
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +15,9 @@ from torch import nn
 import distill_utils as du
 from study import running
 from study.parametrizations import Augmented
-from study.tests.conftest import Smooth, make_toy
 from study.truncation import Checkpointed, NetworkPool, RandomWindow
+from tests.conftest import Smooth, make_toy
 
-ROOT = Path(du.__file__).parent
 OPTIONS = {"iterations": 12, "networks": 2, "batch_size": 16, "validate_every": 5, "progress": False, "seed": 3}
 TESTED = {"validation_networks": 2}
 
@@ -128,34 +124,6 @@ def test_a_set_that_decodes_at_random_resumes_bit_identically(toy, tmp_path):
     assert_same(resumed, whole)
 
 
-def distill_digits(checkpoint: Path) -> du.DistilledSet:
-    """A short run on one thread, whatever process it is in: other thread counts may add numbers in another order."""
-    torch.set_num_threads(1)
-    digits = du.load_digits(device="cpu")
-    distilled = du.DistilledSet(*du.init_from_noise(digits, steps=1))
-    options = {"iterations": 40, "batch_size": 16, "validate_every": 5, "validation_networks": 1, "progress": False}
-    running.distill(distilled, digits, du.LeNet, checkpoint=checkpoint, **options)
-    return distilled
-
-
-def test_a_process_killed_outright_resumes(tmp_path):
-    """SIGKILL in the middle of a run, then the same call in this process."""
-    code = "import pathlib, sys, study.tests.test_running as t; t.distill_digits(pathlib.Path(sys.argv[1]))"
-    path = tmp_path / "run.pt"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT)
-    while not (path.exists() and running.read_checkpoint(path)["state"]["iteration"] >= 5):
-        assert process.poll() is None, "it ended before its time"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(120) == -signal.SIGKILL
-
-    threads = torch.get_num_threads()
-    try:
-        assert_same(distill_digits(path), distill_digits(tmp_path / "whole.pt"))
-    finally:
-        torch.set_num_threads(threads)
-
-
 # ---------------------------------------------------------------------------------------- other runs
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
@@ -197,6 +165,7 @@ def other_labels(dataset: du.Dataset) -> du.Dataset:
     return dataclasses.replace(dataset, validation=du.Split(dataset.validation.images, labels))
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize(
     ("named", "change"),
     [
@@ -238,6 +207,7 @@ def test_the_checkpoint_of_another_run_is_refused(toy, finished, named, change):
     assert finished.read_bytes() == before
 
 
+@pytest.mark.fault("bad calls named")
 def test_a_fixed_initialization_is_told_from_random_ones_whatever_its_seed(toy):
     def start(make_network):
         run = du.Distillation(make_set(toy), toy, make_network, iterations=1)
@@ -333,6 +303,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault("damaged files refused")
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_every_damage_is_refused(toy, finished, tmp_path, damage):
     path = tmp_path / "run.pt"
@@ -475,6 +446,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [each.name for each in path.parent.iterdir()] == ["file"]
 
 
+@pytest.mark.fault("bad calls named")
 def test_checkpoints_that_cannot_be_written_are_named_before_any_work(toy, tmp_path):
     def no_network():
         pytest.fail("work had begun")
@@ -488,6 +460,7 @@ def test_checkpoints_that_cannot_be_written_are_named_before_any_work(toy, tmp_p
         running.distill(make_set(toy), toy, no_network, checkpoint=os.devnull, **OPTIONS)
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize("name", ["validate_every", "validation_networks", "iterations", "networks", "batch_size"])
 def test_bad_options_are_named_before_any_work(toy, tmp_path, name):
     def no_network():

@@ -103,6 +103,8 @@ BAD = {
     "--learning-rate nan": "learning_rate=nan: give a number below 1e37",
     "--learning-rate -1": "learning_rate=-1.0: give at least 0",
     "--step-size 0": "step_size=0.0: give positive numbers",
+    "--init noise --init-std -1": "init_std=-1.0: give at least 0",
+    "--device cpu:x": "device='cpu:x': not on this machine; give auto",
     "--init-std 0.5": "init_std=0.5: has no effect without --init noise",
     "--label-smoothing 0.5": "label_smoothing=0.5: has no effect without --soft-labels",
     "--optimizer Adam --momentum 0.5": "momentum=0.5: ",
@@ -118,6 +120,7 @@ BAD = {
 }
 
 
+@pytest.mark.fault("bad calls named")
 @pytest.mark.parametrize("line", BAD)
 def test_bad_options_end_in_one_line_and_leave_no_file(tmp_path, capfd, line):
     folder = tmp_path / "folder"
@@ -210,7 +213,7 @@ def test_diverged_training_leaves_the_output_alone(tmp_path, capsys):
     assert error.startswith("error: the meta-gradient is not finite at iteration 0")
     assert f"the set after 0 of 3 iterations is in {diverged}, and {output} is as it was" in error
     assert output.read_bytes() == before
-    assert notes(diverged)["iterations"] == "0 of 3"
+    assert notes(diverged)["iterations"] == "0"
     du.DistilledSet.load(diverged)
     diverged.unlink()
     assert names(tmp_path) == ["set.safetensors"]
@@ -232,30 +235,31 @@ def test_values_that_are_not_finite_are_never_written(tmp_path, monkeypatch, cap
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_an_error(tmp_path, monkeypatch, capsys):
-    """The checkpoint's, which must not cost what was learned, and then the output's."""
+def test_a_full_disk_costs_nothing_that_was_learned(tmp_path, monkeypatch, capsys):
+    """The checkpoint's is a warning; the output's an error that says where the set is."""
+    monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     output, checkpoint = tmp_path / "set.safetensors", tmp_path / "run.pt"
     write_bytes = Path.write_bytes
 
     def full(path: Path, data: bytes) -> int:
-        if full.name in path.name:
+        if full.name in path.name and path.parent == tmp_path:
             raise OSError(28, "No space left on device", str(path))
         return write_bytes(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     full.name = "run.pt"
     run = ("--iterations", 3, "--checkpoint", checkpoint)
-    assert run_here(output, *run) == 1
-    error = capsys.readouterr().err
-    assert (
-        error == f"error: checkpoint='{checkpoint}': cannot be written (No space left on device); name another file\n"
-    )
-    assert notes(output)["iterations"] == "0 of 3"
+    with pytest.warns(UserWarning, match=r"run\.pt': cannot be written \(No space left on device\); the run goes on"):
+        assert run_here(output, *run) == 0
+    assert notes(output)["iterations"] == "3 of 3"
     output.unlink()
     full.name = "set"
     assert run_here(output, *run) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    assert names(tmp_path) == ["run.pt"]
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: output='{output}': cannot be written (No space left on device); the set after 3")
+    assert notes(Path(error.split("'")[3]))["iterations"] == "3 of 3"
+    assert names(tmp_path) == ["run.pt", "temporary"]
 
 
 def test_ctrl_c_in_the_test_does_not_touch_the_output(tmp_path, monkeypatch, capsys):
