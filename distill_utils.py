@@ -175,7 +175,7 @@ def sample_networks(make_network: Factory, count: int, device: torch.device) -> 
     require(not frozen, f"make_network: {', '.join(frozen)} require no gradient; register constants as buffers")
     modal = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
     found = sorted({type(module).__name__ for module in networks[0].modules() if isinstance(module, modal)})
-    require(not found, f"make_network: {', '.join(found)} tests unlike it trains; use GroupNorm, or train from scratch")
+    require(not found, f"make_network: {', '.join(found)} tests unlike it trains; leave it out, or use GroupNorm")
     return Ensemble(networks) if count > 1 else networks[0]  # an ensemble of one would only be slower
 
 
@@ -442,10 +442,10 @@ def outer_loss(network: nn.Module, distilled: DistilledSet, real: Split, *, unro
 class History:
     """The loss of every iteration; the other lists gain an entry at every validation."""
 
-    loss: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list, repr=False)
     iterations: list[int] = field(default_factory=list)  # completed before the validation
     accuracy: list[float] = field(default_factory=list)  # percent, mean over the validation networks
-    images: list[Tensor] = field(default_factory=list)  # [steps, n, c, h, w] each, as stored, on the CPU
+    images: list[Tensor] = field(default_factory=list, repr=False)  # [steps, n, c, h, w] each, as stored, on the CPU
 
 
 class Distillation:

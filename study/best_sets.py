@@ -66,10 +66,18 @@ def initial_set(images: du.Pair, *, factor: int, epochs: int, inner: dict) -> du
     return du.DistilledSet(*images, epochs=epochs, **inner)
 
 
-def best_set(
+def distilled_set(
     study: Study, *, steps: int, per_class: int, epochs: int, inner: dict, factor: int = 1, pool: int | None = None,
-    window: int | None = None, few_tests: bool = False, **options,
-) -> None:  # fmt: skip
+    window: int | None = None, seed: int = 0, **options,
+) -> tuple[du.DistilledSet, str]:  # fmt: skip
+    """Distills a set by a recipe; returns it with its file's name."""
+    centers = du.init_from_kmeans(study.mnist, steps=steps, per_class=per_class, seed=seed)
+    distilled = initial_set(centers, factor=factor, epochs=epochs, inner=inner)
+    unroll = NetworkPool(pool, window=window) if pool else du.unroll
+    return distilled, study.distill(distilled, study.mnist, du.LeNet, unroll=unroll, seed=seed, **options)
+
+
+def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
     """Distills a set and measures it with its learned schedule and from scratch, beside its controls.
 
     `few_tests` saves time where images are many: only the protocol that the set is made for gets all networks.
@@ -78,13 +86,11 @@ def best_set(
     few = max(1, networks // (25 if few_tests else 10))
     main = protocol(study.name)
     tested = {row: few if few_tests and row != main else networks for row in ("learned schedule", "from scratch")}
-    counts = {"steps": steps, "per_class": per_class}
+    counts = {name: recipe[name] for name in ("steps", "per_class")}
     kmeans, real = du.init_from_kmeans(mnist, **counts), du.init_from_real(mnist, **counts)
-    build = partial(initial_set, factor=factor, epochs=epochs, inner=inner)
-    distilled, centers, sample = build(kmeans), build(kmeans).images, build(real).images
-    unroll = NetworkPool(pool, window=window) if pool else du.unroll
-    files = [study.distill(distilled, mnist, du.LeNet, unroll=unroll, **options)]
-
+    build = partial(initial_set, factor=recipe.get("factor", 1), epochs=recipe["epochs"], inner=recipe["inner"])
+    centers, sample = build(kmeans).images, build(real).images
+    distilled, *files = distilled_set(study, **recipe)
     found = du.evaluate(distilled, mnist.test, du.LeNet, networks=tested["learned schedule"])
     study.add("learned schedule", found.values, files=files)
     found = train_from_scratch(distilled, mnist.test, du.LeNet, networks=tested["from scratch"])
@@ -96,6 +102,15 @@ def best_set(
     for title, (images, labels) in zip(CONTROLS, pairs, strict=True):
         found = train_from_scratch(with_schedule_of(distilled, images, labels), mnist.test, du.LeNet, networks=few)
         study.add(f"control: {title}", found.values)
+
+
+def another_seed(study: Study, *, name: str, seed: int) -> None:
+    """Another distillation by the recipe of a set, measured by the protocol that it is made for."""
+    recipe = {key: value for key, value in RECIPES[name].items() if key != "few_tests"}
+    distilled, *files = distilled_set(study, seed=seed, **recipe)
+    test = train_from_scratch if protocol(name) == "from scratch" else du.evaluate
+    found = test(distilled, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
+    study.add(protocol(name), found.values, files=files)
 
 
 def stored_set(study: Study, name: str) -> du.DistilledSet:
@@ -147,6 +162,7 @@ def whole_set(study: Study) -> None:
 
 
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
+SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times
 NEEDS = {  # experiments that load the set of another one
     "augmented": AUGMENTED,
     **{f"transfer-{name}": name for name in TRANSFERRED},
@@ -154,6 +170,7 @@ NEEDS = {  # experiments that load the set of another one
 }
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
+    **{f"{name}-seed{seed}": partial(another_seed, name=name, seed=seed) for name in SEEDED for seed in (1, 2)},
     "whole-set": whole_set,
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},

@@ -40,11 +40,13 @@ SWEEPS = {  # steps, images of each class in a step, epochs
 
 
 # ------------------------------------------------------------------------------------- fixed and random initialization
-def fixed_initialization(study: Study, *, steps: int, iterations: int, step_size: float, seed: int) -> None:
+def fixed_initialization(
+    study: Study, *, steps: int, iterations: int, step_size: float, seed: int, soft_labels: bool = False
+) -> None:
     """Images for one network with fixed initial weights, tested on it and on unseen initializations."""
     make_network = du.fixed_initialization(du.LeNet, seed=seed)
     images, labels = du.init_from_noise(study.mnist, steps=steps, std=0.3, seed=seed)
-    distilled = du.DistilledSet(images, labels, epochs=3, step_size=step_size)
+    distilled = du.DistilledSet(images, labels, epochs=3, step_size=step_size, soft_labels=soft_labels)
     options = {"iterations": iterations, "learning_rate": 0.02, "seed": seed}
     files = [study.distill(distilled, study.mnist, make_network, **options)]
     test = partial(du.evaluate, distilled, study.mnist.test)
@@ -275,6 +277,9 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{f"fixed-100-seed{seed}": partial(fixed_initialization, steps=10, iterations=1500, step_size=0.03, seed=seed)
        for seed in SEEDS},
     **{f"fixed-10-seed{seed}": partial(fixed_initialization, steps=1, iterations=16000, step_size=0.15, seed=seed)
+       for seed in SEEDS},
+    **{f"fixed-10-soft-labels-seed{seed}":
+       partial(fixed_initialization, steps=1, iterations=16000, step_size=0.15, seed=seed, soft_labels=True)
        for seed in SEEDS},
     **{f"random-{init}-seed{seed}": partial(hundred_images, init=init, seed=seed)
        for init in ("real", "noise") for seed in SEEDS},

@@ -4,12 +4,15 @@ Python runs as it stands."""
 import ast
 import inspect
 import json
+import math
 import re
 from pathlib import Path
 
+import higher
 import nbclient
 import nbformat
 import pytest
+import torch
 
 import distill_utils as du
 
@@ -35,8 +38,8 @@ def small_parameters(source: str) -> dict:
     return found
 
 
-def execute(out: Path, *, cells: int | None = None, extra: str = "", **parameters) -> nbformat.NotebookNode:
-    """Runs the notebook, or its first code cells, with other parameters."""
+def execute(out: Path, *, extra: str = "", **parameters) -> nbformat.NotebookNode:
+    """Runs the notebook with other parameters."""
     book = nbformat.read(NOTEBOOK, as_version=4)
     tagged = parameters_cell(book)
     parameters = {"OUT": str(out), "DEVICE": "cpu", **small_parameters(tagged.source), **parameters}
@@ -48,7 +51,6 @@ def execute(out: Path, *, cells: int | None = None, extra: str = "", **parameter
         new = f"{name} = Path({value!r})" if "Path(" in line.search(tagged.source).group() else f"{name} = {value!r}"
         tagged.source = line.sub(lambda _, new=new: new, tagged.source)
     tagged.source += f"\n{extra}"
-    book.cells = book.cells[:cells]
     nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     return book
 
@@ -81,18 +83,44 @@ def test_the_whole_notebook_runs_on_mnist_and_writes_only_into_its_folder(tmp_pa
     assert [str(path) for path in before if after[path] != before[path]] == []
 
 
-def test_without_mnist_the_notebook_uses_digits_and_says_so(tmp_path):
-    """Up to where the data are shown; MNIST's download is made to fail as it does without a network."""
-    book = nbformat.read(NOTEBOOK, as_version=4)
-    loads = [number for number, cell in enumerate(book.cells) if "load_digits(" in cell.source]
+def test_without_mnist_the_notebook_uses_digits_and_says_so_in_every_table_and_figure(tmp_path):
+    """MNIST's download is made to fail as it does without a network."""
     no_network = """
 import torchvision
 def fail(self): raise RuntimeError('no network')
 torchvision.datasets.MNIST.download = fail
 """
-    run = execute(tmp_path / "out", cells=loads[0] + 2, extra=no_network, DATA_ROOT=str(tmp_path / "nothing"))
-    assert "digits" in output_of(run)
-    assert "MNIST" in output_of(run)
+    run = execute(tmp_path / "out", extra=no_network, DATA_ROOT=str(tmp_path / "nothing"))
+    text = output_of(run)
+    assert "MNIST is missing or damaged" in text
+    assert "Continuing on scikit-learn digits" in text
+    outputs = [output.get("data", {}) for cell in run.cells for output in cell.get("outputs", [])]
+    tables = [data["text/markdown"] for data in outputs if "text/markdown" in data]
+    assert len(tables) > 3
+    for block in tables:
+        assert "digits" in block.splitlines()[0]
+        assert "MNIST" not in block
+        assert "reported" not in block
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_algorithm_1_as_the_notebook_writes_it_is_that_of_the_module(toy, smooth):
+    """Runs the notebook's own cells, and the module without what it adds: clipping and a decay."""
+    names = {"torch": torch, "F": torch.nn.functional, "higher": higher, "du": du}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if re.match(r"def (inner_loop|algorithm_1)\(", cell.source):
+            exec(cell.source, names)
+    theirs = du.DistilledSet(*du.init_from_noise(toy, steps=2), epochs=2, step_size=0.1)
+    x_tilde, rho = (tensor.detach().clone().requires_grad_() for tensor in (theirs.images, theirs.raw_step_sizes))
+    losses = names["algorithm_1"](x_tilde, theirs.labels, rho, toy.train, smooth, T=5, alpha=0.03, seed=3)
+    flat = {"iterations": 10**9, "learning_rate": 0.03, "clip": math.inf, "seed": 3}
+    run = du.Distillation(theirs, toy, smooth, **flat)
+    for _ in range(5):
+        run.apply_gradient(run.compute_gradient())
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(run.history.loss), rtol=1e-6, atol=0)
+    torch.testing.assert_close(x_tilde, theirs.images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(rho, theirs.raw_step_sizes, rtol=0, atol=1e-6)
+    assert (x_tilde - du.init_from_noise(toy, steps=2)[0]).abs().max() > 0.05
 
 
 @pytest.fixture(scope="module")
