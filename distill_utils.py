@@ -52,9 +52,8 @@ def pick_device(device: str = "auto") -> torch.device:
     """The named device; "auto" picks cuda where there is one, else mps, else cpu. Raises ValueError if missing."""
     names = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     device = names[0] if device == "auto" else device
-    kind, _, number = device.partition(":")
-    sound = kind in names and (not number or (number.isdecimal() and int(number) < max(1, torch.cuda.device_count())))
-    require(sound, f"device={device!r}: not on this machine; give auto, {' or '.join(names)}")
+    there = {*names, *(f"{name}:{number}" for name in names for number in range(max(1, torch.cuda.device_count())))}
+    require(device in there, f"device={device!r}: not on this machine; give auto, {' or '.join(names)}")
     return torch.device(device)
 
 
@@ -118,8 +117,9 @@ def load_torchvision(name: str, root: str | Path, *, device: torch.device | str)
     try:
         parts = [getattr(torchvision.datasets, name)(root, download=True, train=train) for train in (True, False)]
     except Exception as error:  # damaged files meet torchvision with errors of many kinds
-        with contextlib.suppress(OSError):  # torchvision makes these folders; they may hold files, or not be there
-            [folder.rmdir() for folder in (raw, raw.parent, *([] if known else [Path(root)]))]
+        for folder in (raw, raw.parent, *([] if known else [Path(root)])):  # which torchvision has made
+            with contextlib.suppress(OSError):  # it holds files, or is not there
+                folder.rmdir()
         remedy = f"delete {raw} and connect to the internet once, or put {name}'s four files there"
         raise FileNotFoundError(f"root='{root}': {name} is missing or damaged; {remedy}") from error
     finally:
@@ -169,7 +169,8 @@ def fixed_initialization(make_network: Factory, *, seed: int) -> Factory:
 def sample_networks(make_network: Factory, count: int, device: torch.device) -> nn.Module:
     """Samples networks from torch's random state, as one module. Raises ValueError for a network in place of a factory,
     for frozen weights, and for layers such as dropout and batch norm, as networks stay in training mode here."""
-    require(not isinstance(make_network, nn.Module), "make_network: found a network; give a factory, as its class is")
+    found = f"make_network={type(make_network).__name__}(...): give the factory, or fixed_initialization(...)"
+    require(not isinstance(make_network, nn.Module), found)
     networks = [make_network().to(device) for _ in range(count)]
     frozen = [name for name, weight in networks[0].named_parameters() if not weight.requires_grad]
     require(not frozen, f"make_network: {', '.join(frozen)} require no gradient; register constants as buffers")
@@ -524,9 +525,8 @@ def distill(
     validate_every: int = 100, validation_networks: int = 5, progress: bool = True, **options,
 ) -> History:  # fmt: skip
     """Runs Algorithm 1 with the options of `Distillation`: improves `distilled` in place, and validates it every
-    `validate_every` iterations on the same `validation_networks` networks. Raises ValueError for bad arguments, and
-    FloatingPointError where training diverges; after that, as after an interrupt, `distilled` is as the last completed
-    iteration left it."""
+    `validate_every` iterations on the same `validation_networks` networks. Raises ValueError for bad arguments and
+    FloatingPointError where it diverges; then, as after an interrupt, `distilled` is as the last iteration left it."""
     require_counts(validate_every=validate_every, validation_networks=validation_networks)
     run = Distillation(distilled, dataset, make_network, iterations=iterations, **options)
     bar = tqdm(range(iterations), file=sys.stdout, ncols=100, mininterval=1.0, disable=not progress)  # as plain text

@@ -295,30 +295,19 @@ def transfer_table(results: Results) -> str:
 def headline_table(paper: Results, best: Results) -> str:
     """The main accuracies beside published ones and the strongest undistilled images that are used in the same way."""
 
-    def beside_control(results: Results, name: str, row: str) -> list:
+    def beside(results: Results, name: str, row: str) -> list:
         title, accuracies = strongest_control(results, name)
         return [f"{accuracies} ({title.partition(',')[0]})" if title else "", results.pooled(name, row)]
 
-    learned, scratch = "learned schedule", "from scratch"
-    matching = "93.9 ± 0.6 (gradient matching, augmented)"
+    learned, scratch, matching = "learned schedule", "from scratch", "93.9 ± 0.6 (gradient matching, augmented)"
     rows = [
-        [
-            "10, fixed initialization",
-            "3 updates of SGD",
-            "93.8 (Wang et al.)",
-            *beside_control(paper, "fixed-10", "fixed"),
-        ],
-        ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside_control(paper, "random-noise", "unseen")],
-        [
-            "100",
-            "30 updates of Adam",
-            "82.7 ± 2.8 (soft labels)",
-            *beside_control(best, "mnist-ipc10-30steps", learned),
-        ],
-        ["100, multi-formation", "30 updates of Adam", "", *beside_control(best, "mnist-ipc10-mf2-30steps", learned)],
-        ["100", "from scratch", matching, *beside_control(best, "mnist-ipc10-scratch", scratch)],
-        ["100, multi-formation", "from scratch", "", *beside_control(best, "mnist-ipc10-mf2-scratch", scratch)],
-        ["500, multi-formation", "from scratch", "", *beside_control(best, "mnist-ipc50-mf2-scratch", scratch)],
+        ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *beside(paper, "fixed-10", "fixed")],
+        ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside(paper, "random-noise", "unseen")],
+        ["100", "30 updates of Adam", "82.7 ± 2.8 (soft labels)", *beside(best, "mnist-ipc10-30steps", learned)],
+        ["100, multi-formation", "30 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-30steps", learned)],
+        ["100", scratch, matching, *beside(best, "mnist-ipc10-scratch", scratch)],
+        ["100, multi-formation", scratch, "", *beside(best, "mnist-ipc10-mf2-scratch", scratch)],
+        ["500, multi-formation", scratch, "", *beside(best, "mnist-ipc50-mf2-scratch", scratch)],
     ]
     return markdown_table(["stored images", "training", "reported (%)", "best control", "here"], rows)
 

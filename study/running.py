@@ -97,19 +97,12 @@ class Run:
 
     def finish(self) -> du.History:
         """Resumes where the checkpoint is, runs to the end and returns the history."""
-        if self.checkpoint is None:
-            return self._finish()
-        with contextlib.ExitStack() as stack:
-            on_first_process(lambda: stack.enter_context(locked("checkpoint", self.checkpoint)) and None)
-            return self._finish()
-
-    def _finish(self) -> du.History:
-        self.resume()
         run, iterations = self.distillation, self.distillation.iterations
         options = {"file": sys.stdout, "ncols": 100, "mininterval": 1.0, "disable": not self.progress or run.rank > 0}
-        with calm_interrupt() as interrupted:
-            todo = range(run.iteration, iterations)
-            with tqdm(todo, initial=run.iteration, total=iterations, **options) as bar:
+        with locked("checkpoint", self.checkpoint):
+            self.resume()
+            bar = tqdm(range(run.iteration, iterations), initial=run.iteration, total=iterations, **options)
+            with calm_interrupt() as interrupted, bar:
                 for iteration in bar:
                     if iteration % self.validate_every == 0:
                         self.validate()
@@ -272,10 +265,18 @@ def write_safely(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(name: str, path: str | Path) -> Iterator[None]:
-    """Within the block, no other process has `path`, the argument `name`; what dead ones left half-written is removed.
-    Raises ValueError, with the other process, where there is one."""
-    path = Path(path)
+def locked(name: str, path: str | Path | None) -> Iterator[None]:
+    """Within the block, no other run has `path`, the argument `name`; None is no file. Of several processes of a run,
+    the first holds the lock. Raises ValueError, with the other process, where there is one."""
+    with contextlib.ExitStack() as stack:
+        if path is not None:
+            on_first_process(lambda: stack.enter_context(lock_file(name, Path(path))))
+        yield
+
+
+@contextlib.contextmanager
+def lock_file(name: str, path: Path) -> Iterator[None]:
+    """Locks a file for this process, and removes what dead ones left half-written."""
     lock = FileLock(f"{path}.lock")
     file = Path(lock.lock_file)
     try:

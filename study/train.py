@@ -212,8 +212,7 @@ def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) ->
 def distill(options: Options) -> int:
     """Distills and, in the first process, writes and tests the set; returns the exit status."""
     check(options)
-    with several_processes(options.device) as device, contextlib.ExitStack() as stack:
-        running.on_first_process(lambda: stack.enter_context(running.locked("output", options.output)) and None)
+    with several_processes(options.device) as device, running.locked("output", options.output):
         dataset, fixed = load_dataset(options, device), options.fixed_initialization
         make_network = du.LeNet if fixed is None else du.fixed_initialization(du.LeNet, seed=fixed)
         run = make_run(options, dataset, make_network)

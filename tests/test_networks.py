@@ -236,7 +236,7 @@ def test_a_network_in_place_of_a_factory_is_named(toy, smooth, distilled):
         lambda: du.fixed_initialization(smooth(), seed=0),
         lambda: du.distill(distilled, toy, smooth(), iterations=1, progress=False),
     ):
-        with pytest.raises(ValueError, match="make_network: found a network; give a factory"):
+        with pytest.raises(ValueError, match=r"make_network=Smooth\(\.\.\.\): give the factory"):
             call()
 
 
