@@ -5,12 +5,12 @@ Import this module before `DistilledSet.load` reads a file of theirs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 import distill_utils as du
 
@@ -45,7 +45,7 @@ class LowResolution(du.DistilledSet):
 
 
 class Augmented(du.DistilledSet):
-    """Images that networks see transformed: each call of `decode` samples one transform for every step.
+    """Images that networks see transformed: each call of `decode` samples a transform for every image.
 
     It takes them from torch's random state; `du.seeded` repeats them.
     """
@@ -61,14 +61,10 @@ class Augmented(du.DistilledSet):
 
 
 def augment(images: Tensor, *, black: float | Tensor) -> Tensor:
-    """Images [n, c, h, w] slightly rotated, shifted and scaled, all in one random way; differentiable."""
-    bilinear = v2.InterpolationMode.BILINEAR
-    transform = v2.RandomAffine(10, (0.07, 0.07), (0.9, 1.1), interpolation=bilinear, fill=None)
-    return transform(images - black) + black  # torchvision fills with 0 here: its own fill value has no gradient
-
-
-def augmented(images: Tensor, *, black: float, copies: int, seed: int = 0) -> Tensor:
-    """`copies` of images [n, c, h, w], each transformed in a way of its own, as [copies × n, c, h, w]."""
-    du.require_counts(copies=copies)
-    with du.seeded(seed):
-        return torch.stack([augment(image, black=black) for _ in range(copies) for image in images])
+    """Images [n, c, h, w], each turned by up to 10°, shifted by up to 2 of 28 pixels and scaled by up to a tenth, at
+    random; differentiable. What moves in from outside is `black`."""
+    angle, across, down, scale = (2 * torch.rand(4, len(images), device=images.device, dtype=images.dtype) - 1).unbind()
+    angle, scale = angle * math.pi / 18, 1 + scale / 10
+    rows = [scale * angle.cos(), -scale * angle.sin(), across / 7, scale * angle.sin(), scale * angle.cos(), down / 7]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images - black, grid, align_corners=False) + black  # it fills with 0

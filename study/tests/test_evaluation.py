@@ -1,4 +1,4 @@
-"""Training from scratch, scores, and networks of other architectures."""
+"""Training from scratch, and scores."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study.evaluation import ARCHITECTURES, hard_labels, label_robust_score, train_from_scratch, with_schedule_of
+from study.evaluation import hard_labels, label_robust_score, train_from_scratch, with_schedule_of
 from study.parametrizations import LowResolution
 
 
@@ -31,14 +31,17 @@ def distilled(toy) -> du.DistilledSet:
     return du.DistilledSet(*du.init_from_real(toy, steps=4), epochs=2, soft_labels=True)
 
 
-def test_it_is_ordinary_training(distilled, noisy, smooth):
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_it_is_ordinary_training(distilled, noisy, smooth, name):
     """Against torch's own optimizer, on all images at once, where no order matters."""
-    result = train_from_scratch(distilled, noisy, smooth, networks=2, epochs=7, step_size=0.05, seed=5)
+    options = {"epochs": 7, "step_size": 0.05, "seed": 5, "optimizer": name}
+    result = train_from_scratch(distilled, noisy, smooth, networks=2, **options)
     torch.manual_seed(5)
     networks = [smooth() for _ in range(2)]  # all drawn before any is trained
     images, labels = distilled.images.detach().flatten(0, 1), distilled.labels.detach().flatten(0, 1)
     for network, found in zip(networks, result.values, strict=True):
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        momentum = {"momentum": 0.9} if name == "SGD" else {}
+        optimizer = getattr(torch.optim, name)(network.parameters(), lr=0.05, **momentum)
         for _ in range(7):
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(images), labels).backward()
@@ -66,6 +69,32 @@ def test_batch_normalization_is_tested_in_evaluation_mode(distilled, toy):
     assert train_from_scratch(distilled, same, Normalized, networks=3, epochs=60, step_size=0.05).mean > 95
 
 
+def test_batch_normalization_takes_its_statistics_from_other_images(distilled, noisy):
+    """Running means move to the shifted test images, which a network trained on others does badly on."""
+    options = {"networks": 3, "epochs": 60, "step_size": 0.05, "side_by_side": False}
+    shifted = du.Split(noisy.images + 5, noisy.labels)
+    own, other = (
+        train_from_scratch(distilled, shifted, Normalized, statistics=statistics, **options).mean
+        for statistics in (None, shifted.images)
+    )
+    assert other > own + 10
+
+
+def test_augmented_training_shows_no_image_twice(distilled, toy):
+    seen = []
+
+    class Watching(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                seen.append(images.detach().clone())
+            return super().forward(images)
+
+    make_network = lambda: Watching(nn.Flatten(), nn.Linear(16, 3))  # noqa: E731
+    train_from_scratch(distilled, toy.test, make_network, networks=1, epochs=3, augmented=True)
+    sums = [round(float(image.sum()), 4) for batch in seen for image in batch]
+    assert len(sums) == len(set(sums)) == 3 * 12
+
+
 @pytest.mark.parametrize("layer", [lambda: nn.BatchNorm2d(1), nn.Dropout])
 def test_networks_that_distillation_refuses_are_trained(toy, layer):
     distilled = du.DistilledSet(*du.init_from_real(toy, steps=2))
@@ -86,6 +115,7 @@ def test_it_repeats_and_leaves_the_random_state_alone(distilled, noisy, smooth):
     state = torch.get_rng_state()
     runs = [train_from_scratch(distilled, noisy, smooth, networks=3, epochs=2, seed=s).values for s in (1, 1, 2)]
     assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in distilled.parameters())  # nothing was computed for nobody
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -95,6 +125,11 @@ def test_it_repeats_and_leaves_the_random_state_alone(distilled, noisy, smooth):
 def test_counts_that_train_nothing_are_named(distilled, toy, smooth, name, value):
     with pytest.raises(ValueError, match=f"{name}={value}: give a whole number of at least 1"):
         train_from_scratch(distilled, toy.test, smooth, **{name: value})
+
+
+def test_optimizers_that_are_none_are_named(distilled, toy, smooth):
+    with pytest.raises(ValueError, match="optimizer='sgd': give SGD or Adam"):
+        train_from_scratch(distilled, toy.test, smooth, optimizer="sgd")
 
 
 def test_another_sets_schedule_keeps_its_parametrization(toy):
@@ -120,8 +155,3 @@ def test_label_robust_score_is_as_published():
 
 def test_hard_labels_keep_the_most_probable_class():
     assert hard_labels(torch.tensor([[0.2, 0.5, 0.3]])).tolist() == [[0.0, 1.0, 0.0]]
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_architecture_reads_digits(name):
-    assert ARCHITECTURES[name]()(torch.randn(2, 1, 28, 28)).shape == (2, 10)

@@ -1,0 +1,73 @@
+"""Two rivals that never unroll training: gradient matching (Zhao et al. 2021) and distribution matching (Zhao and Bilen
+2023). They learn images alone; labels stay hard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import distill_utils as du
+
+Distance = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # of synthetic and real images of one class
+
+
+def gradient_distance(network: nn.Module, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:
+    """How far the weights' gradients on synthetic images [n, c, h, w] point away from those on real images, as a sum []
+    of 1 - cosine over the rows of all weight matrices (DC, equation 5); the images have one `label` [classes]."""
+    weights = [weight for weight in network.parameters() if weight.dim() > 1]
+
+    def gradients(images: Tensor, differentiable: bool) -> tuple[Tensor, ...]:
+        loss = F.cross_entropy(network(images), label.expand(len(images), -1))
+        return torch.autograd.grad(loss, weights, create_graph=differentiable)
+
+    pairs = zip(gradients(synthetic, True), gradients(real, False), strict=True)
+    return sum((1 - F.cosine_similarity(ours.flatten(1), theirs.flatten(1), eps=1e-6)).sum() for ours, theirs in pairs)
+
+
+def feature_distance(network: nn.Sequential, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:
+    """The squared distance [] between the mean features of synthetic and of real images (DM, equation 5). Features are
+    the inputs of the last layer; the label plays no part."""
+    features = nn.Sequential(*list(network)[:-1])
+    with torch.no_grad():
+        target = features(real).mean(0)
+    return (features(synthetic).mean(0) - target).square().sum()
+
+
+def match(
+    distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *, distance: Distance, iterations: int,
+    learning_rate: float, batch_size: int = 64, matches: int = 1, updates: int = 0, seed: int = 0,
+) -> None:  # fmt: skip
+    """Improves the images of `distilled`, one step of all classes in turn as `du.init_from_noise` arranges them.
+
+    Args:
+        distance: `gradient_distance` or `feature_distance`, summed over classes.
+        iterations: fresh networks.
+        learning_rate: of the images, by SGD with momentum 0.5, as both papers have it.
+        batch_size: real images of each class.
+        matches: steps of the images for each network.
+        updates: full-batch SGD updates of the network on the synthetic images between two of these steps.
+        seed: of networks and real images.
+    """
+    du.require_counts(iterations=iterations, batch_size=batch_size, matches=matches)
+    du.require(distilled.steps == 1, f"distilled: has {distilled.steps} steps; give a set of one step")
+    train, classes = dataset.train, dataset.classes
+    members = [(train.labels == label).nonzero().flatten() for label in range(classes)]
+    optimizer = torch.optim.SGD([distilled.images], lr=learning_rate, momentum=0.5)
+    for iteration in range(iterations):
+        with du.seeded(seed, iteration):
+            network = make_network().to(train.images.device)
+            for turn in range(matches):
+                loss, images = 0.0, distilled.decode()[0]
+                for label, rows in enumerate(members):
+                    real = train.images[rows[torch.randint(len(rows), (batch_size,))]]
+                    loss = loss + distance(network, images[label::classes], real, distilled.labels[0, label])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if updates and turn < matches - 1:
+                    batch = du.Split(distilled.decode()[0].detach(), distilled.labels[0])
+                    du.train(network, batch, epochs=updates, batch_size=len(batch.labels), step_size=0.01)
