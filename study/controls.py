@@ -19,33 +19,41 @@ SMOOTHING = (0.1, 0.3)  # candidates where the labels of the distilled set are f
 
 
 def schedule_controls(
-    study: Study, distilled: du.DistilledSet, make_network: du.Factory = du.LeNet, *, networks: int
-) -> None:
+    study: Study, dataset: du.Dataset, distilled: du.DistilledSet, make_network: du.Factory = du.LeNet, *,
+    networks: int,
+) -> None:  # fmt: skip
     """Keeps the accuracies of undistilled images, as many and of the same parametrization.
 
     Every kind of labels gets its best constant step size. The kind that is best on validation images is then tested
     with step sizes learned for these very images by the same outer loop, and with those of the distilled set.
     """
-    mnist = study.mnist
-    step_sizes, per_class = STEP_SIZES[distilled.optimizer], distilled.labels.shape[1] // mnist.classes
+    step_sizes, per_class = STEP_SIZES[distilled.optimizer], distilled.labels.shape[1] // dataset.classes
     for title, initialize in UNDISTILLED.items():
-        pair = initialize(mnist, steps=distilled.steps, per_class=per_class)
+        pair = initialize(dataset, steps=distilled.steps, per_class=per_class)
         constant = {}
         for kind, labels in label_kinds(distilled, pair[1]).items():
             borrowed = undistilled_set(distilled, pair[0], labels)
-            constant[kind] = du.best_constant_step_size(borrowed, mnist, make_network, step_sizes=step_sizes)
-            found = du.evaluate(constant[kind], mnist.test, make_network, networks=networks)
+            constant[kind] = du.best_constant_step_size(borrowed, dataset, make_network, step_sizes=step_sizes)
+            found = du.evaluate(constant[kind], dataset.test, make_network, networks=networks)
             study.add(f"{title}, {kind}, constant step size {constant[kind].step_sizes[0]:.4g}", found.values)
-        kind = max(constant, key=lambda each: du.validation_accuracy(constant[each], mnist, make_network, networks=5))
-        learned = copy.deepcopy(constant[kind])
-        du.distill(  # a learning rate of 0 keeps the images and labels
-            learned, mnist, make_network, iterations=max(1, round(200 * study.fraction)), batch_size=128,
-            learning_rate=0, step_size_learning_rate=0.03, validation_networks=1, progress=False,
-        )  # fmt: skip
+        kind = max(constant, key=lambda each: du.validation_accuracy(constant[each], dataset, make_network, networks=5))
+        learned = learn_step_sizes(study, dataset, constant[kind], make_network)
         borrowed = copy.deepcopy(constant[kind]).set_step_sizes(distilled.step_sizes)
         for schedule, control in (("learned for them", learned), ("of the distilled set", borrowed)):
-            found = du.evaluate(control, mnist.test, make_network, networks=networks)
+            found = du.evaluate(control, dataset.test, make_network, networks=networks)
             study.add(f"{title}, {kind}, step sizes {schedule}", found.values)
+
+
+def learn_step_sizes(
+    study: Study, dataset: du.Dataset, undistilled: du.DistilledSet, make_network: du.Factory
+) -> du.DistilledSet:
+    """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
+    learned = copy.deepcopy(undistilled)
+    du.distill(  # a learning rate of 0 keeps images and labels
+        learned, dataset, make_network, iterations=max(1, round(200 * study.fraction)), batch_size=128,
+        learning_rate=0, step_size_learning_rate=0.03, validation_networks=1, progress=False,
+    )  # fmt: skip
+    return learned
 
 
 def label_kinds(distilled: du.DistilledSet, labels: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import distill_utils as du
 from study import running
-from study.controls import schedule_controls
+from study.controls import learn_step_sizes, schedule_controls
 from study.records import Results, Study
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
@@ -65,11 +65,12 @@ def random_initialization(
     study.add("unseen initializations", unseen.values, files=[file])
 
 
-def hundred_images(study: Study, *, init: str, seed: int) -> None:
+def hundred_images(study: Study, *, init: str, seed: int, epochs: int = 3) -> None:
     """The paper's hundred images, from noise or from real images."""
     initialize = {"noise": partial(du.init_from_noise, std=0.3), "real": du.init_from_real}[init]
     images = initialize(study.mnist, steps=10, seed=seed)
-    random_initialization(study, initial=images, epochs=3, iterations=800, networks=study.networks, seed=seed)
+    options = {"epochs": epochs, "iterations": 800, "networks": study.networks, "seed": seed}
+    random_initialization(study, initial=images, **options)
 
 
 def sweep(study: Study, *, steps: int, per_class: int, epochs: int) -> None:
@@ -102,24 +103,39 @@ def constant_step_size(study: Study, images: du.Pair, *, epochs: int, **options)
     return du.best_constant_step_size(du.DistilledSet(*images, epochs=epochs), study.mnist, du.LeNet, **options)
 
 
+def tuned(study: Study, images: du.Pair, *, epochs: Sequence[int]) -> tuple[du.DistilledSet, str]:
+    """Undistilled images by the paper's rule: so many epochs, and one constant step size or learned ones, whichever is
+    best on validation images; with a text that says which."""
+    candidates = {}
+    for each in epochs:
+        constant = constant_step_size(study, images, epochs=each)
+        candidates[f"{constant.updates} updates, step size {constant.step_sizes[0]:g}"] = constant
+        learned = learn_step_sizes(study, study.mnist, constant, du.LeNet)
+        candidates[f"{constant.updates} updates, learned step sizes"] = learned
+    accuracy = partial(du.validation_accuracy, dataset=study.mnist, make_network=du.LeNet, networks=20)
+    best = max(candidates, key=lambda each: accuracy(candidates[each]))
+    return candidates[best], best
+
+
 def baselines(study: Study) -> None:
-    """Undistilled images, each kind with its best constant step size; thirty updates."""
-    mnist, networks = study.mnist, study.networks
-    samples = [constant_step_size(study, du.init_from_real(mnist, steps=10), epochs=3)]
-    step_size = samples[0].step_sizes[0].item()
+    """Undistilled images as the paper tunes them. All random samples share what is best for the first."""
+    mnist, networks, three = study.mnist, study.networks, (1, 3, 5)
+    first, words = tuned(study, du.init_from_real(mnist, steps=10), epochs=three)
+    samples = [first]
     for seed in range(1, max(2, round(50 * study.fraction))):
         images = du.init_from_real(mnist, steps=10, seed=seed)
-        samples.append(du.DistilledSet(*images, epochs=3, step_size=step_size))
+        samples.append(du.DistilledSet(*images, epochs=first.epochs, step_size=first.step_sizes))
     test = partial(du.evaluate, split=mnist.test, make_network=du.LeNet)
     few = [test(sample, networks=max(1, networks // 20)).values for sample in samples[:20]]
-    study.add(f"random real images, step size {step_size:g}", *few)
+    study.add(f"random real images, {words}", *few)
     best = max(samples, key=lambda sample: du.validation_accuracy(sample, mnist, du.LeNet, networks=10))
     files = [study.save(best, mnist, label="best")]
     study.add(f"best of {len(samples)} random samples", test(best, networks=networks).values, files=files)
-    for label, title, steps, epochs in (("k-means", "k-means centers", 10, 3), ("means", "class means", 1, 30)):
-        centers = constant_step_size(study, du.init_from_kmeans(mnist, steps=steps), epochs=epochs)
+    for label, title, steps in (("k-means", "k-means centers", 10), ("means", "class means", 1)):
+        images = du.init_from_kmeans(mnist, steps=steps)
+        centers, words = tuned(study, images, epochs=[10 * each // steps for each in three])
         values, files = test(centers, networks=networks).values, [study.save(centers, mnist, label=label)]
-        study.add(f"{title}, step size {centers.step_sizes[0]:g}", values, files=files)
+        study.add(f"{title}, {words}", values, files=files)
 
 
 def longer_baselines(study: Study) -> None:
@@ -140,7 +156,7 @@ def controls(study: Study, *, source: str) -> None:
     row = "fixed initialization" if fixed else "unseen initializations"
     distilled = Results(study.folder).load_set(source, row, device=study.device)
     make_network = du.fixed_initialization(du.LeNet, seed=int(source[-1])) if fixed else du.LeNet
-    schedule_controls(study, distilled, make_network, networks=1 if fixed else max(1, study.networks // 4))
+    schedule_controls(study, study.mnist, distilled, make_network, networks=1 if fixed else max(1, study.networks // 4))
 
 
 def nearest_neighbors(study: Study) -> None:
@@ -283,6 +299,7 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
        for seed in SEEDS},
     **{f"random-{init}-seed{seed}": partial(hundred_images, init=init, seed=seed)
        for init in ("real", "noise") for seed in SEEDS},
+    "random-real-5-epochs": partial(hundred_images, init="real", seed=0, epochs=5),
     "attack": attack,
     "adapt-digits-to-mnist": partial(adaptation, source="digits", target="mnist"),
     "adapt-mnist-to-digits": partial(adaptation, source="mnist", target="digits"),

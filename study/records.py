@@ -110,6 +110,10 @@ class Study:
         return du.load_mnist(self.data_root, device=self.device)
 
     @cached_property
+    def fashion(self) -> du.Dataset:
+        return du.load_torchvision("FashionMNIST", self.data_root, device=self.device)
+
+    @cached_property
     def digits(self) -> du.Dataset:
         return du.load_digits(device=self.device)
 
