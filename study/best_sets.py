@@ -1,14 +1,16 @@
-"""The best distilled sets for unseen initializations, and the controls that tell what they are worth."""
+"""The best distilled sets for unseen initializations, and the controls and rivals that tell what they are worth."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
 import distill_utils as du
-from study.controls import schedule_controls
-from study.evaluation import ARCHITECTURES, hard_labels, train_from_scratch, with_schedule_of
-from study.parametrizations import augmented
+from study.architectures import TESTED_ON, ConvNet
+from study.controls import UNDISTILLED, schedule_controls
+from study.evaluation import hard_labels, train_from_scratch, with_schedule_of
+from study.matching import feature_distance, gradient_distance, match
 from study.records import Results, Study
 from study.truncation import NetworkPool
 
@@ -21,16 +23,14 @@ LARGE = {**SCRATCH, "window": 30, "batch_size": 512, "few_tests": True}
 STEPS = {"batch_size": 128, "inner": SMOOTHED}
 IPC10 = {**STEPS, "steps": 10, "per_class": 1}
 MF2 = {**STEPS, "factor": 2, "steps": 10, "per_class": 4, "few_tests": True}
-# A name says: images stored per class; multi-formation by its factor; the updates of the learned schedule, or
-# training from scratch, whichever the set is made for. `per_class` counts the images that networks see in a step.
+# A name says: the dataset; images stored per class; multi-formation by its factor; the updates of the learned schedule,
+# or training from scratch, whichever the set is made for. `per_class` counts the images that networks see in a step.
 RECIPES = {
-    "mnist-ipc1-50steps": {**STEPS, "steps": 1, "per_class": 1, "epochs": 50, "iterations": 100, "networks": 8},
     "mnist-ipc1-mf2-50steps": {
         **STEPS, "factor": 2, "steps": 2, "per_class": 2, "epochs": 25, "iterations": 600, "networks": 2,
     },
     "mnist-ipc10-30steps": {**IPC10, "epochs": 3, "iterations": 4000, "inner": SOFT},
     "mnist-ipc10-mf2-30steps": {**MF2, "epochs": 3, "iterations": 600, "inner": SOFT},
-    "mnist-ipc10-100steps": {**IPC10, "epochs": 10, "iterations": 2000},
     "mnist-ipc10-mf2-100steps": {**MF2, "epochs": 10, "iterations": 300},
     "mnist-ipc10-scratch": {
         **SCRATCH, "steps": 1, "per_class": 10, "epochs": 300, "window": 60, "iterations": 1400, "batch_size": 1024,
@@ -39,24 +39,29 @@ RECIPES = {
     "mnist-ipc10-mf2-scratch": {
         **LARGE, "factor": 2, "steps": 2, "per_class": 20, "epochs": 300, "iterations": 700, "learning_rate": 0.03,
     },
-    "mnist-ipc50-scratch": {
-        **LARGE, "steps": 2, "per_class": 25, "epochs": 300, "iterations": 1000, "learning_rate": 0.02,
-    },
     "mnist-ipc50-mf2-scratch": {
         **LARGE, "factor": 2, "steps": 10, "per_class": 20, "epochs": 60, "iterations": 400, "learning_rate": 0.02,
     },
 }  # fmt: skip
+RECIPES["fashion-ipc1-mf2-50steps"] = RECIPES["mnist-ipc1-mf2-50steps"]  # unchanged
 CONTROLS = (
     "distilled images, hard labels", "random real images, true labels", "random real images, soft labels",
     "k-means centers, true labels", "k-means centers, soft labels",
 )  # fmt: skip
 AUGMENTED = "mnist-ipc10-scratch"  # whose accuracy is compared with published ones that use augmentation
-TRANSFERRED = ("mnist-ipc1-50steps", "mnist-ipc10-scratch", "mnist-ipc10-mf2-scratch")  # to other architectures
+TRANSFERRED = ("mnist-ipc10-mf2-scratch",)  # to other architectures
+RATES = (3e-4, 1e-3, 1e-2)  # step sizes of Adam that each of them may choose from
+SHOWN = 9_600  # images that a network sees in training, 150 updates of 64
 
 
 def protocol(name: str) -> str:
     """What the set of that name is made for: the row that holds its main accuracy."""
     return "from scratch" if name.endswith("-scratch") else "learned schedule"
+
+
+def dataset_of(study: Study, name: str) -> du.Dataset:
+    """The dataset that a set's name begins with."""
+    return getattr(study, name.partition("-")[0])
 
 
 def initial_set(images: du.Pair, *, factor: int, epochs: int, inner: dict) -> du.DistilledSet:
@@ -71,10 +76,11 @@ def distilled_set(
     window: int | None = None, seed: int = 0, **options,
 ) -> tuple[du.DistilledSet, str]:  # fmt: skip
     """Distills a set by a recipe; returns it with its file's name."""
-    centers = du.init_from_kmeans(study.mnist, steps=steps, per_class=per_class, seed=seed)
+    dataset = dataset_of(study, study.name)
+    centers = du.init_from_kmeans(dataset, steps=steps, per_class=per_class, seed=seed)
     distilled = initial_set(centers, factor=factor, epochs=epochs, inner=inner)
     unroll = NetworkPool(pool, window=window) if pool else du.unroll
-    return distilled, study.distill(distilled, study.mnist, du.LeNet, unroll=unroll, seed=seed, **options)
+    return distilled, study.distill(distilled, dataset, du.LeNet, unroll=unroll, seed=seed, **options)
 
 
 def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
@@ -82,25 +88,25 @@ def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
 
     `few_tests` saves time where images are many: only the protocol that the set is made for gets all networks.
     """
-    mnist, networks = study.mnist, max(1, study.networks // 2)
+    dataset, networks = dataset_of(study, study.name), max(1, study.networks // 2)
     few = max(1, networks // (25 if few_tests else 10))
     main = protocol(study.name)
     tested = {row: few if few_tests and row != main else networks for row in ("learned schedule", "from scratch")}
     counts = {name: recipe[name] for name in ("steps", "per_class")}
-    kmeans, real = du.init_from_kmeans(mnist, **counts), du.init_from_real(mnist, **counts)
+    kmeans, real = du.init_from_kmeans(dataset, **counts), du.init_from_real(dataset, **counts)
     build = partial(initial_set, factor=recipe.get("factor", 1), epochs=recipe["epochs"], inner=recipe["inner"])
     centers, sample = build(kmeans).images, build(real).images
     distilled, *files = distilled_set(study, **recipe)
-    found = du.evaluate(distilled, mnist.test, du.LeNet, networks=tested["learned schedule"])
+    found = du.evaluate(distilled, dataset.test, du.LeNet, networks=tested["learned schedule"])
     study.add("learned schedule", found.values, files=files)
-    found = train_from_scratch(distilled, mnist.test, du.LeNet, networks=tested["from scratch"])
+    found = train_from_scratch(distilled, dataset.test, du.LeNet, networks=tested["from scratch"])
     study.add("from scratch", found.values, files=files)
     soft = distilled.labels
     pairs = (
         (distilled.images, hard_labels(soft)), (sample, real[1]), (sample, soft), (centers, kmeans[1]), (centers, soft),
     )  # fmt: skip
     for title, (images, labels) in zip(CONTROLS, pairs, strict=True):
-        found = train_from_scratch(with_schedule_of(distilled, images, labels), mnist.test, du.LeNet, networks=few)
+        found = train_from_scratch(with_schedule_of(distilled, images, labels), dataset.test, du.LeNet, networks=few)
         study.add(f"control: {title}", found.values)
 
 
@@ -109,7 +115,7 @@ def another_seed(study: Study, *, name: str, seed: int) -> None:
     recipe = {key: value for key, value in RECIPES[name].items() if key != "few_tests"}
     distilled, *files = distilled_set(study, seed=seed, **recipe)
     test = train_from_scratch if protocol(name) == "from scratch" else du.evaluate
-    found = test(distilled, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
+    found = test(distilled, dataset_of(study, name).test, du.LeNet, networks=max(1, study.networks // 2))
     study.add(protocol(name), found.values, files=files)
 
 
@@ -120,49 +126,113 @@ def stored_set(study: Study, name: str) -> du.DistilledSet:
 
 def controls(study: Study, *, name: str) -> None:
     """Undistilled images under as many updates as the learned schedule of a set."""
-    schedule_controls(study, stored_set(study, name), networks=max(1, study.networks // 4))
+    networks = max(1, study.networks // 4)
+    schedule_controls(study, dataset_of(study, name), stored_set(study, name), networks=networks)
 
 
-def augmented_training(study: Study, *, name: str = AUGMENTED, copies: int = 10) -> None:
-    """Training from scratch on augmented copies of a set and of its controls, with more images in each epoch."""
-    mnist, distilled = study.mnist, stored_set(study, name)
-    counts = {"steps": distilled.steps, "per_class": RECIPES[name]["per_class"]}
-    for title, (images, labels) in {
-        "distilled": (distilled.images.detach(), distilled.labels.detach()),
-        "random real images": du.init_from_real(mnist, **counts),
-        "k-means centers": du.init_from_kmeans(mnist, **counts),
-    }.items():
-        images = augmented(images.flatten(0, 1), black=float(mnist.train.images.min()), copies=copies)
-        copied = du.DistilledSet(images[None], labels.flatten(0, 1).repeat(copies, 1)[None])
-        found = train_from_scratch(copied, mnist.test, du.LeNet, networks=max(1, study.networks // 50))
+def augmented_training(study: Study, *, name: str = AUGMENTED) -> None:
+    """Training from scratch on augmented images of a set and of its controls, as long as without."""
+    distilled, data = stored_set(study, name), dataset_of(study, name)
+    for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
+        networks = max(1, study.networks // 20)
+        found = train_from_scratch(images, data.test, du.LeNet, networks=networks, augmented=True)
         study.add(f"{name}, {title}", found.values)
 
 
+def undistilled_sets(study: Study, name: str) -> dict[str, du.DistilledSet]:
+    """Undistilled images with true labels, as many as the set of that name has and in its parametrization."""
+    recipe, data = RECIPES[name], dataset_of(study, name)
+    build = partial(initial_set, factor=recipe.get("factor", 1), epochs=1, inner={})
+    counts = {key: recipe[key] for key in ("steps", "per_class")}
+    return {title: build(initialize(data, **counts)) for title, initialize in UNDISTILLED.items()}
+
+
 def transfer(study: Study, *, name: str) -> None:
-    """Other architectures trained from scratch on a set distilled for LeNet, and on random real images."""
-    mnist, distilled = study.mnist, stored_set(study, name)
-    images, labels = du.init_from_real(mnist, steps=distilled.steps, per_class=RECIPES[name]["per_class"])
-    sample = initial_set((images, labels), factor=RECIPES[name].get("factor", 1), epochs=distilled.epochs, inner={})
-    real = with_schedule_of(distilled, sample.images, labels)
-    for architecture, make_network in ARCHITECTURES.items():
-        options = {"networks": max(1, study.networks // 100), "side_by_side": False}
-        for title, each in (("distilled", distilled), ("random real images", real)):
-            found = train_from_scratch(each, mnist.test, make_network, **options)
-            study.add(f"{architecture}, {title}", found.values)
+    """Other architectures trained from scratch by Adam on a set and on its controls: the step size that is best on
+    validation images for each, with and without augmentation."""
+    data, distilled = dataset_of(study, name), stored_set(study, name)
+    for architecture, make_network in TESTED_ON.items():
+        for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
+            epochs = max(1, round(study.fraction * SHOWN / images.labels[..., 0].numel()))
+            options = {"optimizer": "Adam", "batch_size": 64, "epochs": epochs, "side_by_side": False}
+            train = partial(train_from_scratch, images, make_network=make_network, **options)
+            step_size = max(
+                RATES, key=lambda rate: train(data.validation, networks=1, step_size=rate, seed=20_000).mean
+            )
+            for way, more in ways_to_train(architecture, data).items():
+                found = train(data.test, networks=max(1, study.networks // 40), step_size=step_size, **more)
+                study.add(f"{architecture}, {title}, {way}", found.values)
+
+
+def ways_to_train(architecture: str, data: du.Dataset) -> dict[str, dict]:
+    """Options of `train_from_scratch` by name."""
+    ways = {"plain": {}, "augmented": {"augmented": True}}
+    if "batch norm" in architecture:
+        ways["real statistics"] = {"statistics": data.train.images[:2500]}
+    return ways
 
 
 def whole_set(study: Study) -> None:
     """What all real images teach: the upper bound of every set."""
-    values, epochs = [], max(1, round(5 * study.fraction))
-    for seed in range(max(1, study.networks // 100)):
-        with du.seeded(seed):
-            network = du.train(du.LeNet().to(study.device), study.mnist.train, epochs=epochs)
-        values.append(du.accuracy(network, study.mnist.test))
-    study.add("ordinary training", values)
+    for name in ("mnist", "fashion"):
+        values, data, epochs = [], getattr(study, name), max(1, round(5 * study.fraction))
+        for seed in range(max(1, study.networks // 100)):
+            with du.seeded(seed):
+                network = du.train(du.LeNet().to(study.device), data.train, epochs=epochs)
+            values.append(du.accuracy(network, data.test))
+        study.add(f"{name}, {epochs} epochs", values)
+
+
+# ------------------------------------------------------------------------------------------------------------- rivals
+def rivalry(study: Study, *, method: str, network: str, per_class: int, **options) -> None:
+    """Whole images, as many for each class, by one of three methods in about the same time from random real images, or
+    undistilled; then trained from scratch on two networks."""
+    mnist, begin = study.mnist, time.perf_counter()
+    initialize = UNDISTILLED.get(method, du.init_from_real)
+    distilled = du.DistilledSet(*initialize(mnist, steps=1, per_class=per_class))
+    if options:
+        options["iterations"] = max(1, round(study.fraction * options["iterations"]))
+    if method == "unrolled training":
+        distilled = initial_set((distilled.images, distilled.labels), factor=1, epochs=300, inner=SCRATCH["inner"])
+        options["unroll"] = NetworkPool(SCRATCH["pool"], window=options.pop("window"))
+        options |= {"step_size_learning_rate": 0, "validation_networks": 1, "validate_every": 10**6}
+        du.distill(distilled, mnist, RIVAL_NETWORKS[network], progress=False, **options)
+    elif method in DISTANCES:
+        match(distilled, mnist, RIVAL_NETWORKS[network], distance=DISTANCES[method], **options)
+    study.distillation_seconds = round(time.perf_counter() - begin)
+    for title, make_network in RIVAL_NETWORKS.items():
+        networks = max(1, study.networks // (10 if title == "LeNet" else 40))
+        study.add(title, train_from_scratch(distilled, mnist.test, make_network, networks=networks).values)
+
+
+RIVAL_NETWORKS = {"LeNet": du.LeNet, "ConvNet-3": ConvNet}
+DISTANCES = {"gradient matching": gradient_distance, "distribution matching": feature_distance}
 
 
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
 SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times
+MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}  # more than one image per class
+UNROLLED = {"window": 30, "batch_size": 512, "learning_rate": 0.05}
+RIVALS = {  # two minutes each; learning rates chosen on validation images
+    "-".join(["rival", method.replace(" ", "-"), f"ipc{per_class}", *([network.lower()] if network else [])]): {
+        "method": method, "network": network, "per_class": per_class, **options,
+    }
+    for per_class, network, method, options in (
+        (1, "", "random real images", {}),
+        (1, "", "k-means centers", {}),
+        (1, "LeNet", "gradient matching", {"iterations": 1000, "learning_rate": 1.0}),
+        (1, "LeNet", "distribution matching", {"iterations": 2200, "learning_rate": 1.0}),
+        (1, "LeNet", "unrolled training", {**UNROLLED, "iterations": 200, "window": 60}),
+        (1, "ConvNet-3", "gradient matching", {"iterations": 280, "learning_rate": 1.0}),
+        (1, "ConvNet-3", "distribution matching", {"iterations": 700, "learning_rate": 0.3}),
+        (1, "ConvNet-3", "unrolled training", {**UNROLLED, "iterations": 100, "window": 20}),
+        (10, "", "random real images", {}),
+        (10, "", "k-means centers", {}),
+        (10, "LeNet", "gradient matching", {**MATCHED, "iterations": 70}),
+        (10, "LeNet", "distribution matching", {"iterations": 2000, "learning_rate": 1.0}),
+        (10, "LeNet", "unrolled training", {**UNROLLED, "iterations": 85}),
+    )
+}  # fmt: skip
 NEEDS = {  # experiments that load the set of another one
     "augmented": AUGMENTED,
     **{f"transfer-{name}": name for name in TRANSFERRED},
@@ -175,4 +245,5 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},
     **{f"controls-{name}": partial(controls, name=name) for name in SCHEDULED},
+    **{name: partial(rivalry, **options) for name, options in RIVALS.items()},
 }

@@ -19,9 +19,10 @@ import distill_utils as du
 from study import running
 from study.ablation import EXPERIMENTS as ABLATION
 from study.ablation import LEFT_OUT, TECHNIQUES
-from study.best_sets import AUGMENTED, CONTROLS, RECIPES, SCHEDULED, TRANSFERRED, protocol
+from study.architectures import TESTED_ON
+from study.best_sets import AUGMENTED, CONTROLS, RECIPES, RIVAL_NETWORKS, RIVALS, SCHEDULED, TRANSFERRED, protocol
 from study.controls import UNDISTILLED
-from study.evaluation import ARCHITECTURES, label_robust_score
+from study.evaluation import label_robust_score
 from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
 from study.records import RESULTS, Results
 
@@ -47,15 +48,15 @@ def markdown_table(head: list[str], rows: list[list]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- the paper
-def reported() -> list[dict[str, str]]:
-    """Published accuracies, each with the experiment and the row here that stand beside it."""
-    return pd.read_csv(RESULTS / "paper" / "reported.csv", keep_default_na=False).to_dict("records")
+def reported(part: str) -> list[dict[str, str]]:
+    """Published accuracies; the paper's, each with the experiment and the row here that stand beside it."""
+    return pd.read_csv(RESULTS / part / "reported.csv", keep_default_na=False, dtype=str).to_dict("records")
 
 
 def paper_table(results: Results, *experiments: str) -> str:
     """The paper's accuracies beside those here, of all experiments or of those whose names begin so."""
     rows = []
-    for line in reported():
+    for line in reported("paper"):
         if line["experiment"].startswith(experiments or ""):
             sets, found = (find(line["experiment"], line["row"]) for find in (results.values, results.pooled))
             comparable = line["reported"][:1].isdigit()  # not of other data
@@ -77,7 +78,7 @@ def describe_sets(sets: list[list[float]]) -> str:
 
 def draw_baselines(results: Results) -> Figure:
     """Distilled images and undistilled baselines, mean ± std, beside the paper's accuracies."""
-    lines = [line for line in reported() if line["experiment"].startswith(("random-", "baselines"))][::-1]
+    lines = [line for line in reported("paper") if line["experiment"].startswith(("random-", "baselines"))][::-1]
     figure, axis = plt.subplots(figsize=(8, 3.4), layout="constrained")
     for place, line in enumerate(lines):
         found, distilled = results.pooled(line["experiment"], line["row"]), "random-" in line["experiment"]
@@ -88,10 +89,10 @@ def draw_baselines(results: Results) -> Figure:
     axis.errorbar([], [], fmt="D", color="C3", mfc="white", label="paper, as reported")
     for color, label in {"C0": "distilled", "0.7": "undistilled baseline"}.items():
         axis.barh([0], [0], color=color, label=label)
-    titles = [line["title"].split("10 × 3, ")[-1].removeprefix("baseline: ") for line in lines]
+    titles = [line["title"].split("100 images, ")[-1].removeprefix("baseline: ") for line in lines]
     axis.set_yticks(range(len(lines)), titles)
     axis.set(xlabel="test accuracy (%), mean ± std over networks", xlim=(0, 100))
-    figure.suptitle("LeNet on MNIST, unseen initializations: thirty updates on 100 images (class means: 10)")
+    figure.suptitle("LeNet on MNIST, unseen initializations: up to fifty updates on 100 images (class means: 10)")
     axis.legend(loc="lower left")
     return figure
 
@@ -172,6 +173,27 @@ def schedules_table(results: Results) -> str:
     return markdown_table(["updates as in", "distilled", "undistilled images", *columns], lines)
 
 
+def gains_table(results: Results) -> str:
+    """Where accuracy comes from: one ingredient after another, from random real images with true labels and a constant
+    step size to the distilled set."""
+    rows = []
+    for experiment, row in CONTROLLED.items():
+        found = {title: each.mean for title, each in control_accuracies(results, experiment).items()}
+        if not found:
+            continue
+        kmeans = {title: mean for title, mean in found.items() if title.startswith("k-means")}
+        constant = "true labels, constant step size"
+        ladder = [
+            found[f"random real images, {constant}"], found[f"k-means centers, {constant}"],
+            max(mean for title, mean in kmeans.items() if "constant" in title), max(kmeans.values()),
+            results.pooled(experiment, row).mean,
+        ]  # fmt: skip
+        gains = [f"{after - before:+.1f}" for before, after in itertools.pairwise(ladder)]
+        rows.append([experiment, f"{ladder[0]:.1f}", *gains, f"{ladder[-1]:.1f}"])
+    head = ["updates as in", "random real images", "k-means centers", "their labels", "their step sizes"]
+    return markdown_table([*head, "distillation", "distilled set"], rows)
+
+
 # -------------------------------------------------------------------------------------------------------- the ablation
 def with_and_without(name: str, kind: str) -> tuple[str, str] | None:
     """The experiments with a technique and without it, in the paper's or the best method; None if there are none."""
@@ -218,12 +240,14 @@ def draw_ablation(results: Results) -> Figure:
 
 
 # -------------------------------------------------------------------------------------------------------- the best sets
-KINDS = ("distilled", "random real images")  # what other architectures train on
+KINDS = ("distilled", *UNDISTILLED)  # what other architectures train on
 
 
-def counted(found: du.Accuracies) -> str:
-    """An accuracy and how many networks are behind it."""
-    return f"{found} (n={len(found.values)})"
+def counted(results: Results, experiment: str, row: str) -> str:
+    """An accuracy and the networks behind it: n=100, or n=3×100 where three sets were distilled."""
+    sets = results.values(experiment, row)
+    count = f"{len(sets)}×{len(sets[0])}" if len(sets) > 1 else f"{len(sets[0])}"
+    return f"{results.pooled(experiment, row)} (n={count})"
 
 
 def count_images(name: str) -> tuple[int, int]:
@@ -237,7 +261,7 @@ def best_table(results: Results) -> str:
     """The accuracies of the best sets by both protocols, and the minutes that each experiment took."""
     rows = []
     for name, recipe in RECIPES.items():
-        shown = {row: counted(results.pooled(name, row)) for row in ("learned schedule", "from scratch")}
+        shown = {row: counted(results, name, row) for row in ("learned schedule", "from scratch")}
         shown[protocol(name)] = f"**{shown[protocol(name)]}**"
         minutes = f"{results.run(name).seconds / 60:.0f}"
         sets = describe_sets(results.values(name, protocol(name)))
@@ -261,8 +285,9 @@ def recipe_table() -> str:
 
 def controls_table(results: Results) -> str:
     """Training from scratch on the best sets and on their controls, with DD-Ranking's scores (Li et al. 2025)."""
-    real, rows = results.pooled("whole-set", "ordinary").mean, []
+    rows = []
     for name in RECIPES:
+        real = results.pooled("whole-set", name.partition("-")[0]).mean
         distilled = results.pooled(name, "from scratch")
         controls = {title: results.pooled(name, f"control: {title}") for title in CONTROLS}
         hard, random = (
@@ -275,21 +300,48 @@ def controls_table(results: Results) -> str:
 
 
 def augmented_table(results: Results) -> str:
-    """The same with ten augmented copies of each image."""
-    titles = (*KINDS, "k-means centers")
-    found = [counted(results.pooled("augmented", f"{AUGMENTED}, {title}")) for title in titles]
-    return markdown_table(["ten augmented copies of each image", *titles], [[AUGMENTED, *found]])
+    """The same with augmentation."""
+    found = [counted(results, "augmented", f"{AUGMENTED}, {title}") for title in KINDS]
+    return markdown_table(["augmented in every update", *KINDS], [[AUGMENTED, *found]])
 
 
-def transfer_table(results: Results) -> str:
-    """Other architectures trained from scratch on a set and on as many real images; LeNet first."""
-    lenet = ("from scratch", "control: random real images, true labels")
-    rows = [["LeNet, which they are made for", *(results.pooled(name, row) for name in TRANSFERRED for row in lenet)]]
-    columns = [(name, kind) for name in TRANSFERRED for kind in KINDS]
-    for architecture in ARCHITECTURES:
-        found = [results.pooled(f"transfer-{name}", f"{architecture}, {kind}") for name, kind in columns]
-        rows.append([architecture, *found])
-    return markdown_table(["network", *map(": ".join, columns)], rows)
+def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
+    """Other architectures trained from scratch on a set and on its controls, without and with augmentation, and the
+    lead over the better control."""
+    experiment, rows = f"transfer-{name}", []
+    stored = set(results.find(experiment).row)
+    for architecture, kind in itertools.product(TESTED_ON, ("plain", "augmented", "real statistics")):
+        if f"{architecture}, {KINDS[0]}, {kind}" in stored:
+            found = [results.pooled(experiment, f"{architecture}, {title}, {kind}") for title in KINDS]
+            lead = found[0].mean - max(each.mean for each in found[1:])
+            rows.append([architecture, kind, *found, f"{lead:+.1f}"])
+    return markdown_table(["network", "training", *KINDS, "lead"], rows)
+
+
+def rivals_table(results: Results) -> str:
+    """Whole images distilled by three methods, with one network and tested on two."""
+    rows = []
+    for name, options in RIVALS.items():
+        if name not in set(results.runs.experiment):
+            continue
+        seconds = f"{results.run(name).distillation_seconds:.0f}"
+        found = [counted(results, name, title) for title in RIVAL_NETWORKS]
+        rows.append([options["per_class"], options["network"], options["method"], *found, seconds])
+    tested = [f"tested on {title}" for title in RIVAL_NETWORKS]
+    return markdown_table(["images per class", "made with", "method", *tested, "seconds"], rows)
+
+
+def reported_table(results: Results) -> str:
+    """What others report for 1, 10 and 50 images per class, with network and protocol, and the sets here that are
+    trained from scratch."""
+    rows = [list(line.values()) for line in reported("best")]
+    counts = ("1", "10", "50")
+    for form, protocol_here in (("", "whole images"), ("-mf2", "multi-formation")):
+        names = [f"mnist-ipc{count}{form}-scratch" for count in counts]
+        found = [counted(results, name, "from scratch") if name in RECIPES else "" for name in names]
+        rows.append(["MNIST", "here", "LeNet", *found, f"from scratch; {protocol_here}", "measured here"])
+    images = [f"{count} images per class" for count in counts]
+    return markdown_table(["dataset", "method", "network", *images, "protocol", "source"], rows)
 
 
 def headline_table(paper: Results, best: Results) -> str:
@@ -297,18 +349,24 @@ def headline_table(paper: Results, best: Results) -> str:
 
     def beside(results: Results, name: str, row: str) -> list:
         title, accuracies = strongest_control(results, name)
-        return [f"{accuracies} ({title.partition(',')[0]})" if title else "", results.pooled(name, row)]
+        control = f"{accuracies} ({title.partition(',')[0]}, n={len(accuracies.values)})" if title else ""
+        return [control, counted(results, name, row)]
 
     learned, scratch, matching = "learned schedule", "from scratch", "93.9 ± 0.6 (gradient matching, augmented)"
+    idc = {10: "98.4 (IDC, ConvNet-3, augmented)", 50: "99.1 (IDC, ConvNet-3, augmented)"}
     rows = [
         ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *beside(paper, "fixed-10", "fixed")],
         ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside(paper, "random-noise", "unseen")],
+        ["10, multi-formation", "50 updates of Adam", "", *beside(best, "mnist-ipc1-mf2-50steps", learned)],
         ["100", "30 updates of Adam", "82.7 ± 2.8 (soft labels)", *beside(best, "mnist-ipc10-30steps", learned)],
         ["100, multi-formation", "30 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-30steps", learned)],
+        ["100, multi-formation", "100 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-100steps", learned)],
         ["100", scratch, matching, *beside(best, "mnist-ipc10-scratch", scratch)],
-        ["100, multi-formation", scratch, "", *beside(best, "mnist-ipc10-mf2-scratch", scratch)],
-        ["500, multi-formation", scratch, "", *beside(best, "mnist-ipc50-mf2-scratch", scratch)],
-    ]
+        ["100, multi-formation", scratch, idc[10], *beside(best, "mnist-ipc10-mf2-scratch", scratch)],
+        ["500, multi-formation", scratch, idc[50], *beside(best, "mnist-ipc50-mf2-scratch", scratch)],
+        ["10 of Fashion-MNIST, multi-formation", "50 updates of Adam", "",
+         *beside(best, "fashion-ipc1-mf2-50steps", learned)],
+    ]  # fmt: skip
     return markdown_table(["stored images", "training", "reported (%)", "best control", "here"], rows)
 
 
@@ -325,6 +383,7 @@ MARKERS = "<!-- results -->", "<!-- end of results -->"
 
 # --------------------------------------------------------------------------------------------------------------- cards
 SCRATCH = "SGD at 0.01 with momentum 0.9, shuffled batches of up to 256, 300 epochs, without the stored step sizes"
+DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 USES = {
     "learned schedule": "network = du.unroll(du.LeNet(), distilled, differentiable=False)",
     "from scratch": "images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)\n"
@@ -332,15 +391,15 @@ USES = {
 }
 CARD = """# {name}
 
-{stored} stored images for MNIST with soft labels, distilled for LeNets of random initialization. {formation}
+{stored} stored images for {dataset} with soft labels, distilled for LeNets of random initialization. {formation}
 LeNets that the distillation has not seen reach {accuracy} on the test images {words}.
 
 ```python
 import distill_utils as du
 
-mnist, distilled = du.load_mnist("data", device="cpu"), du.load("{name}")
+data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
 {use}
-print(f"{{du.accuracy(network, mnist.test):.1f}}%")
+print(f"{{du.accuracy(network, data.test):.1f}}%")
 ```
 
 {facts}
@@ -385,7 +444,8 @@ def card(name: str, path: Path, results: Results) -> str:
     words = f"after the {distilled.updates} updates of its schedule"
     words = "when trained from scratch" if main == "from scratch" else words
     return CARD.format(
-        name=name, stored=stored, formation=formation, use=USES[main], accuracy=shipped[main],
+        name=name, dataset=DATASETS[name.partition("-")[0]],
+        stored=stored, formation=formation, use=USES[main], accuracy=shipped[main],
         words=words,
         facts="\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
         accuracies=markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found]),
@@ -417,19 +477,26 @@ def tables(part: str, results: Results) -> list[str]:
     """The tables of a part of the study, with their headings where there are several."""
     if part == "ablation":
         return [ablation_table(results)]
-    schedules = {"Controls, learned schedule": schedules_table(results)}
+    schedules = {
+        "Controls, learned schedule": schedules_table(results),
+        "Gains, one after another (points)": gains_table(results),
+    }  # fmt: skip
     found = {"Accuracies": paper_table(results), **schedules} if part == "paper" else {
         "Accuracies": best_table(results), "Recipes": recipe_table(),
         **schedules, "Controls, from scratch": controls_table(results),
         "Augmented, from scratch": augmented_table(results),
-        "Other architectures, from scratch": transfer_table(results),
+        "Other architectures, from scratch by Adam": transfer_table(results),
+        "Other methods, from scratch": rivals_table(results),
+        "As reported by others": reported_table(results),
     }  # fmt: skip
     return [f"## {title}\n\n{table}" for title, table in found.items()]
 
 
 def write_report(part: str, results: Results) -> None:
     """Writes the summary and the figures of a part of the study into its folder."""
-    text = [HEADS[part], f"Written by `python -m study {part}` from the tables in this folder.", *tables(part, results)]
+    hours = f"The experiments took {results.runs.seconds.sum() / 3600:.1f} hours of one thread, tests included."
+    text = [HEADS[part], f"Written by `python -m study {part}` from the tables in this folder. {hours}"]
+    text += tables(part, results)
     with running.write_safely(results.folder / "summary.md") as path:
         path.write_text("\n\n".join(text) + "\n")
     for draw in FIGURES[part]:

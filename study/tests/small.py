@@ -1,4 +1,4 @@
-"""An experiment's surroundings at small size: few digits in place of MNIST."""
+"""An experiment's surroundings at small size: few digits in place of MNIST and Fashion-MNIST."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +10,8 @@ from study.records import Study
 
 
 def small_study(name: str, part: str, folder: Path, *, fraction: float = 0.001, networks: int = 2) -> Study:
-    """Digits with few validation and test images, as both datasets of a study."""
+    """Digits with few validation and test images, as every dataset of a study."""
     study = Study(name, part, folder, folder / "checkpoints", torch.device("cpu"), "", fraction, networks)
     few = {name: du.Split(*(column[:80] for column in getattr(study.digits, name))) for name in ("validation", "test")}
-    study.mnist = study.digits = replace(study.digits, **few)
+    study.mnist = study.fashion = study.digits = replace(study.digits, **few)
     return study

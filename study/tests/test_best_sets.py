@@ -9,6 +9,7 @@ import distill_utils as du
 from study import best_sets, report
 from study.records import RESULTS, Results
 from study.tests.small import small_study
+from study.truncation import NetworkPool
 
 
 def test_the_experiments_add_what_the_report_reads(tmp_path, monkeypatch):
@@ -17,24 +18,52 @@ def test_the_experiments_add_what_the_report_reads(tmp_path, monkeypatch):
 
     monkeypatch.setattr(best_sets, "train_from_scratch", train_from_scratch)
     monkeypatch.setattr(du, "best_constant_step_size", lambda distilled, *_, **__: distilled)
-    limits = {"epochs": 2, "window": 2, "per_class": 4}
+    monkeypatch.setattr(best_sets, "match", lambda *_, **__: None)  # which have tests of their own
+    monkeypatch.setattr(best_sets, "NetworkPool", lambda _, **options: NetworkPool(1, **options))
+    limits = {"epochs": 2, "window": 2, "per_class": 4, "batch_size": 64}
     controls = {f"controls-{name}" for name in best_sets.SCHEDULED[1:]}  # one is enough
     for name, experiment in best_sets.EXPERIMENTS.items():
         if name in controls:
             continue
-        if name in best_sets.RECIPES:
-            recipe = best_sets.RECIPES[name].items()
-            recipe = {key: min(value, limits[key]) if key in limits else value for key, value in recipe}
-            experiment = partial(best_sets.best_set, **recipe)
+        for function, settings in ((best_sets.best_set, best_sets.RECIPES), (best_sets.rivalry, best_sets.RIVALS)):
+            if name in settings:
+                options = settings[name].items()
+                options = {key: min(value, limits[key]) if key in limits else value for key, value in options}
+                experiment = partial(function, **options)
         study = small_study(name, "best", tmp_path, fraction=0.0001)
         study.run(experiment)
     results, stored = Results(tmp_path / "best"), Results(RESULTS / "best")
     report.write_report("best", results)
     text = (tmp_path / "best" / "summary.md").read_text()
-    for title in ("mnist-ipc10-scratch", "label-robust score", "ResNet-18"):
+    for title in ("mnist-ipc10-scratch", "label-robust score", "ResNet-18, batch norm | real statistics", "IDC (Kim"):
         assert title in text
-    for name in {**best_sets.RECIPES, "whole-set": {}, "augmented": {}}:  # under the names of the stored results
+    controlled = {name for name in stored.runs.experiment if name.startswith("controls-")}  # which name step sizes
+    for name in set(stored.runs.experiment) - controlled - {"whole-set"}:  # and this one, epochs
         assert set(results.find(name).row) == set(stored.find(name).row) != set()
+
+
+@pytest.mark.parametrize("method", ["gradient matching", "distribution matching", "unrolled training"])
+def test_a_rival_learns_images_and_is_timed(method, tmp_path):
+    """Images move, labels of the matching methods stay hard, and the time is kept."""
+    study = small_study("rival", "best", tmp_path, fraction=1.0)
+    options = {"window": 30} if method == "unrolled training" else {}
+    before, _ = du.init_from_real(study.mnist, steps=1)
+    seen, original = [], best_sets.train_from_scratch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            best_sets,
+            "train_from_scratch",
+            lambda each, *_, **__: (
+                seen.append(each) or original(each, study.mnist.test, du.LeNet, networks=1, epochs=1)
+            ),
+        )
+        best_sets.rivalry(
+            study, method=method, network="LeNet", per_class=1, iterations=2, learning_rate=0.1, batch_size=8, **options
+        )
+    assert not torch.equal(seen[0].images, before)
+    assert set(seen[0].labels.unique().tolist()) == {0.0, 1.0} or method == "unrolled training"
+    assert study.distillation_seconds >= 0
+    assert {line["row"] for line in study.lines["accuracies"]} == {"LeNet", "ConvNet-3"}
 
 
 def test_a_set_for_training_from_scratch_keeps_its_step_sizes(tmp_path):

@@ -57,7 +57,7 @@ def test_the_stored_reports_are_those_of_the_stored_results(part):
     results = Results(RESULTS / part)
     assert set(results.runs.experiment) == set(results.accuracies.experiment)
     missing = set(command.PARTS[part]) ^ set(results.runs.experiment)
-    assert all(re.search("^controls-|-seed[0-9]$", name) for name in missing)  # which take hours
+    assert all(re.search("^(controls|rival|transfer)-|-seed[0-9]$", name) for name in missing)  # which take hours
     assert set(results.sets.experiment) <= set(results.runs.experiment)
     text = (results.folder / "summary.md").read_text()
     for table in report.tables(part, results):
