@@ -51,7 +51,7 @@ CONTROLS = (
 AUGMENTED = "mnist-ipc10-scratch"  # whose accuracy is compared with published ones that use augmentation
 TRANSFERRED = ("mnist-ipc10-mf2-scratch",)  # to other architectures
 RATES = (3e-4, 1e-3, 1e-2)  # step sizes of Adam that each of them may choose from
-SHOWN = 9_600  # images that a network sees in training, 150 updates of 64
+SHOWN = 9_600  # images that a network sees in training
 
 
 def protocol(name: str) -> str:
@@ -135,7 +135,8 @@ def augmented_training(study: Study, *, name: str = AUGMENTED) -> None:
     distilled, data = stored_set(study, name), dataset_of(study, name)
     for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
         networks = max(1, study.networks // 20)
-        found = train_from_scratch(images, data.test, du.LeNet, networks=networks, augmented=True)
+        black = float(data.train.images.min())
+        found = train_from_scratch(images, data.test, du.LeNet, networks=networks, black=black)
         study.add(f"{name}, {title}", found.values)
 
 
@@ -148,8 +149,8 @@ def undistilled_sets(study: Study, name: str) -> dict[str, du.DistilledSet]:
 
 
 def transfer(study: Study, *, name: str) -> None:
-    """Other architectures trained from scratch by Adam on a set and on its controls: the step size that is best on
-    validation images for each, with and without augmentation."""
+    """Other architectures trained from scratch by Adam on a set and on its controls, each with the step size that is
+    best on validation images without augmentation."""
     data, distilled = dataset_of(study, name), stored_set(study, name)
     for architecture, make_network in TESTED_ON.items():
         for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
@@ -166,14 +167,14 @@ def transfer(study: Study, *, name: str) -> None:
 
 def ways_to_train(architecture: str, data: du.Dataset) -> dict[str, dict]:
     """Options of `train_from_scratch` by name."""
-    ways = {"plain": {}, "augmented": {"augmented": True}}
+    ways = {"plain": {}, "augmented": {"black": float(data.train.images.min())}}
     if "batch norm" in architecture:
         ways["real statistics"] = {"statistics": data.train.images[:2500]}
     return ways
 
 
 def whole_set(study: Study) -> None:
-    """What all real images teach: the upper bound of every set."""
+    """What all real images teach in five epochs."""
     for name in ("mnist", "fashion"):
         values, data, epochs = [], getattr(study, name), max(1, round(5 * study.fraction))
         for seed in range(max(1, study.networks // 100)):
@@ -185,8 +186,8 @@ def whole_set(study: Study) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- rivals
 def rivalry(study: Study, *, method: str, network: str, per_class: int, **options) -> None:
-    """Whole images, as many for each class, by one of three methods in about the same time from random real images, or
-    undistilled; then trained from scratch on two networks."""
+    """Whole images that start as random real ones and are improved by one of three methods in about the same time, or
+    left as they are; two networks are trained on them from scratch."""
     mnist, begin = study.mnist, time.perf_counter()
     initialize = UNDISTILLED.get(method, du.init_from_real)
     distilled = du.DistilledSet(*initialize(mnist, steps=1, per_class=per_class))

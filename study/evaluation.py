@@ -15,13 +15,13 @@ from study.parametrizations import augment
 
 def train_from_scratch(
     distilled: du.DistilledSet, split: du.Split, make_network: du.Factory, *, networks: int = 10, epochs: int = 300,
-    batch_size: int = 256, step_size: float = 0.01, optimizer: str = "SGD", augmented: bool = False,
+    batch_size: int = 256, step_size: float = 0.01, optimizer: str = "SGD", black: float | None = None,
     statistics: Tensor | None = None, seed: int = 10_000, side_by_side: bool = True,
 ) -> du.Accuracies:  # fmt: skip
     """Accuracies on `split` of fresh networks trained on images and labels alone, without the learned schedule.
 
-    The defaults are the protocol of dataset condensation (Zhao et al. 2021) without its augmentation. Networks may have
-    batch normalization and dropout.
+    The defaults are the protocol of dataset condensation (Zhao et al. 2021) without its augmentation, weight decay and
+    drop of the step size. Networks may have batch normalization and dropout.
 
     Args:
         networks: initializations, all drawn from `seed` before any of them is trained.
@@ -29,7 +29,7 @@ def train_from_scratch(
         batch_size: images in an update.
         step_size: the same for all updates.
         optimizer: "SGD", with momentum 0.9, or "Adam".
-        augmented: turn, shift and scale each image anew in every update.
+        black: turn, shift and scale each image anew in every update; what moves in has this value.
         statistics: images [n, c, h, w] that batch normalization takes its statistics from after training.
         side_by_side: train networks in ensembles; off for architectures that `torch.vmap` cannot run.
     """
@@ -51,7 +51,7 @@ def train_from_scratch(
         for first in range(0, networks, at_once):
             torch.set_rng_state(shuffles)  # so that accuracies do not depend on the groups
             network = combine(fresh[first : first + at_once]).train()
-            fit(network, train, augmented=augmented, **fit_options)
+            fit(network, train, black=black, **fit_options)
             if statistics is not None:
                 torch.optim.swa_utils.update_bn(statistics.split(250), network)
             values.append(du.accuracy(network.eval(), split).flatten().cpu())
@@ -60,15 +60,14 @@ def train_from_scratch(
 
 def fit(
     network: nn.Module, split: du.Split, *, epochs: int, batch_size: int, step_size: float, optimizer: str,
-    augmented: bool,
+    black: float | None,
 ) -> None:  # fmt: skip
     """Trains `network` in place on images and probabilities [n, classes]; arguments as for `train_from_scratch`."""
     options = {"momentum": 0.9} if optimizer == "SGD" else {}
     steps = getattr(torch.optim, optimizer)(network.parameters(), lr=step_size, **options)
-    black = split.images.min()
     for _ in range(epochs):
         for rows in torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size):
-            images = augment(split.images[rows], black=black) if augmented else split.images[rows]
+            images = split.images[rows] if black is None else augment(split.images[rows], black=black)
             steps.zero_grad()
             du.training_loss(network(images), split.labels[rows]).backward()
             steps.step()

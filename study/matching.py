@@ -17,7 +17,7 @@ Distance = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # of synthetic
 
 def gradient_distance(network: nn.Module, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:
     """How far the weights' gradients on synthetic images [n, c, h, w] point away from those on real images, as a sum []
-    of 1 - cosine over the rows of all weight matrices (DC, equation 5); the images have one `label` [classes]."""
+    of 1 - cosine over the rows of all weight matrices (DC); the images have one `label` [classes]."""
     weights = [weight for weight in network.parameters() if weight.dim() > 1]
 
     def gradients(images: Tensor, differentiable: bool) -> tuple[Tensor, ...]:
@@ -29,7 +29,7 @@ def gradient_distance(network: nn.Module, synthetic: Tensor, real: Tensor, label
 
 
 def feature_distance(network: nn.Sequential, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:
-    """The squared distance [] between the mean features of synthetic and of real images (DM, equation 5). Features are
+    """The squared distance [] between the mean features of synthetic and of real images (DM). Features are
     the inputs of the last layer; the label plays no part."""
     features = nn.Sequential(*list(network)[:-1])
     with torch.no_grad():
@@ -49,7 +49,7 @@ def match(
         learning_rate: of the images, by SGD with momentum 0.5, as both papers have it.
         batch_size: real images of each class.
         matches: steps of the images for each network.
-        updates: full-batch SGD updates of the network on the synthetic images between two of these steps.
+        updates: full-batch updates of the network on the synthetic images, by SGD with momentum 0.9, between two steps.
         seed: of networks and real images.
     """
     du.require_counts(iterations=iterations, batch_size=batch_size, matches=matches)

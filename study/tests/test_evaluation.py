@@ -90,7 +90,7 @@ def test_augmented_training_shows_no_image_twice(distilled, toy):
             return super().forward(images)
 
     make_network = lambda: Watching(nn.Flatten(), nn.Linear(16, 3))  # noqa: E731
-    train_from_scratch(distilled, toy.test, make_network, networks=1, epochs=3, augmented=True)
+    train_from_scratch(distilled, toy.test, make_network, networks=1, epochs=3, black=-1.0)
     sums = [round(float(image.sum()), 4) for batch in seen for image in batch]
     assert len(sums) == len(set(sums)) == 3 * 12
 

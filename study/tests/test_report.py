@@ -109,9 +109,20 @@ def test_a_card_says_what_a_user_wants_to_know(name):
 
 def test_the_headline_has_controls():
     table = report.headline_table(Results(RESULTS / "paper"), Results(RESULTS / "best"))
-    assert "| 100, multi-formation | from scratch |  | 90.1 ± 1.4% (random real images) | 95.7 ± 0.5% |" in table
-    assert "79.5 ± 8.1 (Wang et al.) | 79.9 ± 4.6% (k-means centers) | 83.2 ± 1.8% |" in table
+    assert "| 90.1 ± 1.4% (random real images, n=4) | 95.7 ± 0.5% (n=100) |" in table
+    assert "79.5 ± 8.1 (Wang et al.) | 79.9 ± 4.6% (k-means centers, n=50) | 83.2 ± 1.8% (n=3×200) |" in table
+    assert all(line.count(" ± ") >= line.count("n=") == 2 for line in table.splitlines()[2:]), "each has a control"
     assert table in RESULTS.parents[1].joinpath("README.md").read_text(), "run python -m study --report"
+
+
+def test_gains_add_up_from_random_real_images_to_the_distilled_set():
+    for part in ("paper", "best"):
+        for line in report.gains_table(Results(RESULTS / part)).splitlines()[2:]:
+            name, first, *gains, last = (cell.strip() for cell in line.strip("|").split("|"))
+            assert float(first) + sum(map(float, gains)) == pytest.approx(float(last), abs=0.3)
+            images, constant = "random real images", "true labels, constant step size"
+            stored = report.control_accuracies(Results(RESULTS / part), name)[f"{images}, {constant}"]
+            assert first == f"{stored.mean:.1f}"
 
 
 def test_the_ablation_pairs_each_technique_with_its_absence():
