@@ -307,7 +307,7 @@ def augmented_table(results: Results) -> str:
 
 def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
     """Other architectures trained from scratch on a set and on its controls, without and with augmentation, and the
-    lead over the better control."""
+    lead over the better control; empty where none was measured."""
     experiment, rows = f"transfer-{name}", []
     stored = set(results.find(experiment).row)
     for architecture, kind in itertools.product(TESTED_ON, ("plain", "augmented", "real statistics")):
@@ -315,7 +315,7 @@ def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
             found = [results.pooled(experiment, f"{architecture}, {title}, {kind}") for title in KINDS]
             lead = found[0].mean - max(each.mean for each in found[1:])
             rows.append([architecture, kind, *found, f"{lead:+.1f}"])
-    return markdown_table(["network", "training", *KINDS, "lead"], rows)
+    return markdown_table(["network", "training", *KINDS, "lead"], rows) if rows else ""
 
 
 def rivals_table(results: Results) -> str:
@@ -489,7 +489,7 @@ def tables(part: str, results: Results) -> list[str]:
         "Other methods, from scratch": rivals_table(results),
         "As reported by others": reported_table(results),
     }  # fmt: skip
-    return [f"## {title}\n\n{table}" for title, table in found.items()]
+    return [f"## {title}\n\n{table}" for title, table in found.items() if table]
 
 
 def write_report(part: str, results: Results) -> None:
