@@ -150,7 +150,7 @@ def undistilled_sets(study: Study, name: str) -> dict[str, du.DistilledSet]:
 
 def transfer(study: Study, *, name: str) -> None:
     """Other architectures trained from scratch by Adam on a set and on its controls, each with the step size that is
-    best on validation images without augmentation."""
+    best on validation images."""
     data, distilled = dataset_of(study, name), stored_set(study, name)
     for architecture, make_network in TESTED_ON.items():
         for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
@@ -167,7 +167,7 @@ def transfer(study: Study, *, name: str) -> None:
 
 def ways_to_train(architecture: str, data: du.Dataset) -> dict[str, dict]:
     """Options of `train_from_scratch` by name."""
-    ways = {"plain": {}, "augmented": {"black": float(data.train.images.min())}}
+    ways = {"plain": {}}
     if "batch norm" in architecture:
         ways["real statistics"] = {"statistics": data.train.images[:2500]}
     return ways

@@ -306,11 +306,13 @@ def augmented_table(results: Results) -> str:
 
 
 def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
-    """Other architectures trained from scratch on a set and on its controls, without and with augmentation, and the
-    lead over the better control; empty where none was measured."""
+    """Other architectures trained from scratch on a set and on its controls, and the lead over the better control.
+
+    Empty where none was measured.
+    """
     experiment, rows = f"transfer-{name}", []
     stored = set(results.find(experiment).row)
-    for architecture, kind in itertools.product(TESTED_ON, ("plain", "augmented", "real statistics")):
+    for architecture, kind in itertools.product(TESTED_ON, ("plain", "real statistics")):
         if f"{architecture}, {KINDS[0]}, {kind}" in stored:
             found = [results.pooled(experiment, f"{architecture}, {title}, {kind}") for title in KINDS]
             lead = found[0].mean - max(each.mean for each in found[1:])
@@ -340,7 +342,7 @@ def reported_table(results: Results) -> str:
         names = [f"mnist-ipc{count}{form}-scratch" for count in counts]
         found = [counted(results, name, "from scratch") if name in RECIPES else "" for name in names]
         rows.append(["MNIST", "here", "LeNet", *found, f"from scratch; {protocol_here}", "measured here"])
-    images = [f"{count} images per class" for count in counts]
+    images = [f"{count} image{'s' * (count != '1')} per class" for count in counts]
     return markdown_table(["dataset", "method", "network", *images, "protocol", "source"], rows)
 
 
