@@ -62,7 +62,7 @@ def test_the_stored_run_is_whole_and_clean(path):
     book = nbformat.read(path, as_version=4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert len(book.cells) < 40
+    assert len(book.cells) < 45
     assert path.stat().st_size < 1_000_000
     assert book.metadata.kernelspec.display_name == "Python 3 (ipykernel)"
     outputs = [output for cell in code for output in cell.outputs]
