@@ -340,10 +340,9 @@ class DistilledSet(nn.Module):
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("images", "labels", "step_sizes")}
         sound = all(tensor.isfinite().all() for tensor in tensors.values())
         require(sound, f"path='{path}': the set has values that are not finite; distill again with a lower step_size=")
-        versions = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher"))
         made = {"dataset": dataset.name, "mean": dataset.mean, "std": dataset.std, "iterations": self.iterations}
-        notes = {**made, "versions": versions, **notes}
-        metadata = {name: str(value) for name, value in notes.items()} | self.metadata()
+        made["versions"] = " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher"))
+        metadata = {name: str(value) for name, value in {**made, **notes}.items()} | self.metadata()
         content = safetensors.torch.save(tensors, {**metadata, "sha256": checksum(tensors, metadata)})
         unfinished = Path(f"{path}.{os.getpid()}.partial")
         unfinished.parent.mkdir(parents=True, exist_ok=True)
@@ -577,13 +576,14 @@ def validation_accuracy(distilled: DistilledSet, dataset: Dataset, make_network:
     return evaluate(distilled, dataset.validation, make_network, networks=networks, seed=20_000).mean
 
 
-def train(network: nn.Module, split: Split, *, epochs: int, batch_size: int = 64, step_size: float = 0.02) -> nn.Module:
-    """Trains `network` in place by SGD with momentum 0.9, shuffled by torch's random state, and returns it. Labels may
-    be probabilities [n, classes]; the networks of an ensemble see the images in one order."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=step_size, momentum=0.9)
+def train(network: nn.Module, split: Split, *, epochs: int, batch_size: int = 64, step_size: float = 0.02,
+          optimizer: torch.optim.Optimizer | None = None, transform: Callable = lambda x: x) -> nn.Module:  # fmt: skip
+    """Trains `network` in place by SGD with momentum 0.9, or by `optimizer`, and returns it. Torch's random state
+    shuffles. Labels may be probabilities [n, classes]; an ensemble sees one order of batches, each as transformed."""
+    optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=step_size, momentum=0.9)
     for _ in range(epochs):
         for rows in torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size):
-            scores, labels = network(split.images[rows]), split.labels[rows]
+            scores, labels = network(transform(split.images[rows])), split.labels[rows]
             labels = F.one_hot(labels, scores.shape[-1]).to(scores) if labels.dim() == 1 else labels
             optimizer.zero_grad()
             training_loss(scores, labels).backward()

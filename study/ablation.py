@@ -75,7 +75,7 @@ def ablation(
     """The accuracy on validation images after a short distillation from each seed, and how long one took on average."""
     dataset = augment_training(study.mnist) if augment_real else study.mnist
     options |= {"iterations": max(1, round(study.fraction * iterations))}
-    values, seconds = [], 0.0
+    networks, values, seconds = max(1, study.networks // 8), [], 0.0
     for seed in SEEDS:
         images, labels = INITIALIZE[init](dataset, steps=10, per_class=per_class, seed=seed)
         distilled = parametrize(images, labels, epochs=epochs, step_size=step_size, **inner)
@@ -84,7 +84,6 @@ def ablation(
         with du.seeded(seed):  # augmentation draws from torch's random state
             run(validate_every=10**6, validation_networks=1, progress=False, **options)
         seconds += time.perf_counter() - begin
-        networks = max(1, study.networks // 8)
         values.append(du.evaluate(distilled, dataset.validation, du.LeNet, networks=networks, seed=20_000).values)
     study.distillation_seconds = round(seconds / len(SEEDS), 2)
     study.add("validation", *values)

@@ -92,19 +92,15 @@ def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
     few = max(1, networks // (25 if few_tests else 10))
     main = protocol(study.name)
     tested = {row: few if few_tests and row != main else networks for row in ("learned schedule", "from scratch")}
-    counts = {name: recipe[name] for name in ("steps", "per_class")}
-    kmeans, real = du.init_from_kmeans(dataset, **counts), du.init_from_real(dataset, **counts)
-    build = partial(initial_set, factor=recipe.get("factor", 1), epochs=recipe["epochs"], inner=recipe["inner"])
-    centers, sample = build(kmeans).images, build(real).images
     distilled, *files = distilled_set(study, **recipe)
     found = du.evaluate(distilled, dataset.test, du.LeNet, networks=tested["learned schedule"])
     study.add("learned schedule", found.values, files=files)
     found = train_from_scratch(distilled, dataset.test, du.LeNet, networks=tested["from scratch"])
     study.add("from scratch", found.values, files=files)
     soft = distilled.labels
-    pairs = (
-        (distilled.images, hard_labels(soft)), (sample, real[1]), (sample, soft), (centers, kmeans[1]), (centers, soft),
-    )  # fmt: skip
+    undistilled = undistilled_sets(dataset, **recipe).values()
+    pairs = [(distilled.images, hard_labels(soft))]
+    pairs += [(each.images, labels) for each in undistilled for labels in (each.labels, soft)]
     for title, (images, labels) in zip(CONTROLS, pairs, strict=True):
         found = train_from_scratch(with_schedule_of(distilled, images, labels), dataset.test, du.LeNet, networks=few)
         study.add(f"control: {title}", found.values)
@@ -130,57 +126,60 @@ def controls(study: Study, *, name: str) -> None:
     schedule_controls(study, dataset_of(study, name), stored_set(study, name), networks=networks)
 
 
+def undistilled_sets(
+    dataset: du.Dataset, *, steps: int, per_class: int, factor: int = 1, **_
+) -> dict[str, du.DistilledSet]:  # fmt: skip
+    """Undistilled images with true labels, as many as a recipe asks for and in its parametrization."""
+    images = {title: init(dataset, steps=steps, per_class=per_class) for title, init in UNDISTILLED.items()}
+    return {title: initial_set(pair, factor=factor, epochs=1, inner={}) for title, pair in images.items()}
+
+
+def set_and_controls(study: Study, name: str) -> dict[str, du.DistilledSet]:
+    """A stored set beside undistilled ones."""
+    return {"distilled": stored_set(study, name), **undistilled_sets(dataset_of(study, name), **RECIPES[name])}
+
+
 def augmented_training(study: Study, *, name: str = AUGMENTED) -> None:
     """Training from scratch on augmented images of a set and of its controls, as long as without."""
-    distilled, data = stored_set(study, name), dataset_of(study, name)
-    for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
-        networks = max(1, study.networks // 20)
-        black = float(data.train.images.min())
-        found = train_from_scratch(images, data.test, du.LeNet, networks=networks, black=black)
-        study.add(f"{name}, {title}", found.values)
-
-
-def undistilled_sets(study: Study, name: str) -> dict[str, du.DistilledSet]:
-    """Undistilled images with true labels, as many as the set of that name has and in its parametrization."""
-    recipe, data = RECIPES[name], dataset_of(study, name)
-    build = partial(initial_set, factor=recipe.get("factor", 1), epochs=1, inner={})
-    counts = {key: recipe[key] for key in ("steps", "per_class")}
-    return {title: build(initialize(data, **counts)) for title, initialize in UNDISTILLED.items()}
+    dataset = dataset_of(study, name)
+    options = {"networks": max(1, study.networks // 20), "black": float(dataset.train.images.min())}
+    for title, images in set_and_controls(study, name).items():
+        study.add(f"{name}, {title}", train_from_scratch(images, dataset.test, du.LeNet, **options).values)
 
 
 def transfer(study: Study, *, name: str) -> None:
     """Other architectures trained from scratch by Adam on a set and on its controls, each with the step size that is
     best on validation images."""
-    data, distilled = dataset_of(study, name), stored_set(study, name)
+    dataset, sets = dataset_of(study, name), set_and_controls(study, name)
+    epochs = max(1, round(study.fraction * SHOWN / sets["distilled"].labels[..., 0].numel()))
+    options = {"optimizer": "Adam", "batch_size": 64, "epochs": epochs, "side_by_side": False}
     for architecture, make_network in TESTED_ON.items():
-        for title, images in {"distilled": distilled, **undistilled_sets(study, name)}.items():
-            epochs = max(1, round(study.fraction * SHOWN / images.labels[..., 0].numel()))
-            options = {"optimizer": "Adam", "batch_size": 64, "epochs": epochs, "side_by_side": False}
+        for title, images in sets.items():
             train = partial(train_from_scratch, images, make_network=make_network, **options)
             step_size = max(
-                RATES, key=lambda rate: train(data.validation, networks=1, step_size=rate, seed=20_000).mean
+                RATES, key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean
             )
-            for way, more in ways_to_train(architecture, data).items():
-                found = train(data.test, networks=max(1, study.networks // 40), step_size=step_size, **more)
+            for way, more in ways_to_train(architecture, dataset).items():
+                found = train(dataset.test, networks=max(1, study.networks // 40), step_size=step_size, **more)
                 study.add(f"{architecture}, {title}, {way}", found.values)
 
 
-def ways_to_train(architecture: str, data: du.Dataset) -> dict[str, dict]:
+def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
     """Options of `train_from_scratch` by name."""
     ways = {"plain": {}}
     if "batch norm" in architecture:
-        ways["real statistics"] = {"statistics": data.train.images[:2500]}
+        ways["real statistics"] = {"statistics": dataset.train.images[:2500]}
     return ways
 
 
 def whole_set(study: Study) -> None:
     """What all real images teach in five epochs."""
     for name in ("mnist", "fashion"):
-        values, data, epochs = [], getattr(study, name), max(1, round(5 * study.fraction))
+        values, dataset, epochs = [], dataset_of(study, name), max(1, round(5 * study.fraction))
         for seed in range(max(1, study.networks // 100)):
             with du.seeded(seed):
-                network = du.train(du.LeNet().to(study.device), data.train, epochs=epochs)
-            values.append(du.accuracy(network, data.test))
+                network = du.train(du.LeNet().to(study.device), dataset.train, epochs=epochs)
+            values.append(du.accuracy(network, dataset.test))
         study.add(f"{name}, {epochs} epochs", values)
 
 

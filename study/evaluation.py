@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,10 @@ def train_from_scratch(
     )
     device = split.images.device
     at_once = (8 if device.type == "cpu" else 64) if side_by_side else 1
-    fit_options = {"epochs": epochs, "batch_size": batch_size, "step_size": step_size, "optimizer": optimizer}
+    make_optimizer = partial(torch.optim.SGD, momentum=0.9) if optimizer == "SGD" else torch.optim.Adam
+    options = {"epochs": epochs, "batch_size": batch_size}
+    if black is not None:
+        options["transform"] = partial(augment, black=black)
     values = []
     with du.seeded(seed):
         fresh = [make_network().to(device) for _ in range(networks)]
@@ -51,26 +55,11 @@ def train_from_scratch(
         for first in range(0, networks, at_once):
             torch.set_rng_state(shuffles)  # so that accuracies do not depend on the groups
             network = combine(fresh[first : first + at_once]).train()
-            fit(network, train, black=black, **fit_options)
+            du.train(network, train, optimizer=make_optimizer(network.parameters(), lr=step_size), **options)
             if statistics is not None:
                 torch.optim.swa_utils.update_bn(statistics.split(250), network)
             values.append(du.accuracy(network.eval(), split).flatten().cpu())
     return du.Accuracies(torch.cat(values))
-
-
-def fit(
-    network: nn.Module, split: du.Split, *, epochs: int, batch_size: int, step_size: float, optimizer: str,
-    black: float | None,
-) -> None:  # fmt: skip
-    """Trains `network` in place on images and probabilities [n, classes]; arguments as for `train_from_scratch`."""
-    options = {"momentum": 0.9} if optimizer == "SGD" else {}
-    steps = getattr(torch.optim, optimizer)(network.parameters(), lr=step_size, **options)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size):
-            images = split.images[rows] if black is None else augment(split.images[rows], black=black)
-            steps.zero_grad()
-            du.training_loss(network(images), split.labels[rows]).backward()
-            steps.step()
 
 
 def combine(networks: Sequence[nn.Module]) -> nn.Module:

@@ -322,9 +322,9 @@ def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
 
 def rivals_table(results: Results) -> str:
     """Whole images distilled by three methods, with one network and tested on two."""
-    rows = []
+    stored, rows = set(results.runs.experiment), []
     for name, options in RIVALS.items():
-        if name not in set(results.runs.experiment):
+        if name not in stored:
             continue
         seconds = f"{results.run(name).distillation_seconds:.0f}"
         found = [counted(results, name, title) for title in RIVAL_NETWORKS]
@@ -385,7 +385,6 @@ MARKERS = "<!-- results -->", "<!-- end of results -->"
 
 # --------------------------------------------------------------------------------------------------------------- cards
 SCRATCH = "SGD at 0.01 with momentum 0.9, shuffled batches of up to 256, 300 epochs, without the stored step sizes"
-DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST"}
 USES = {
     "learned schedule": "network = du.unroll(du.LeNet(), distilled, differentiable=False)",
     "from scratch": "images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)\n"
@@ -417,7 +416,8 @@ Made for this LeNet; other architectures may do much worse (`study/results/best/
 def card(name: str, path: Path, results: Results) -> str:
     """What a user of the shipped set in the file `path` wants to know, in Markdown."""
     with safetensors.safe_open(path, framework="pt") as file:
-        mean, std = (float(file.metadata()[key]) for key in ("mean", "std"))
+        metadata = file.metadata()
+    mean, std = float(metadata["mean"]), float(metadata["std"])
     distilled, recipe, run, main = du.DistilledSet.load(path), RECIPES[name], results.run(name), protocol(name)
     low, high = (float(each) * std + mean for each in distilled.images.detach().aminmax())
     (stored, seen), factor = count_images(name), recipe.get("factor", 1)
@@ -446,9 +446,8 @@ def card(name: str, path: Path, results: Results) -> str:
     words = f"after the {distilled.updates} updates of its schedule"
     words = "when trained from scratch" if main == "from scratch" else words
     return CARD.format(
-        name=name, dataset=DATASETS[name.partition("-")[0]],
-        stored=stored, formation=formation, use=USES[main], accuracy=shipped[main],
-        words=words,
+        name=name, dataset=metadata["dataset"], stored=stored, formation=formation, use=USES[main],
+        accuracy=shipped[main], words=words,
         facts="\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
         accuracies=markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found]),
     ).replace(" \n", "\n")  # fmt: skip
