@@ -255,6 +255,7 @@ class DistilledSet(nn.Module):
         label_smoothing: how far soft labels start towards uniform, above 0 and at most 1; near 0 they hardly move.
         optimizer: the inner optimizer, "SGD" or "Adam".
         momentum: of SGD, 0 ≤ momentum < 1.
+        decoder: a module that a parametrization's `decode` uses; it is learned, too.
 
     Raises ValueError where shapes or ranges are wrong. A *parametrization* is a subclass that overrides `decode`; the
     attributes named in its `options` are saved, and given to its constructor on loading.
@@ -265,6 +266,7 @@ class DistilledSet(nn.Module):
     def __init__(
         self, images: Tensor, labels: Tensor, *, epochs: int = 1, step_size: float | Tensor = 0.02,
         soft_labels: bool = False, label_smoothing: float = 0.5, optimizer: str = "SGD", momentum: float = 0.0,
+        decoder: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         sound = isinstance(images, Tensor) and images.dim() == 5 and images.numel() > 0
@@ -279,7 +281,7 @@ class DistilledSet(nn.Module):
         require(self.updates <= 10**6, f"epochs={epochs}: makes {self.updates:,} updates; give at most a million")
         self.optimizer, self.momentum = optimizer, float(momentum)
         self.iterations = "0"  # of the outer loop, as "7 of 400" where it was interrupted; `Distillation` counts
-        self.images = nn.Parameter(images.clone())
+        self.images, self.decoder = nn.Parameter(images.clone()), decoder
         self.set_step_sizes(step_size)
         shape, remedy = list(self.decode().shape[:2]), "for integer labels F.one_hot(labels, classes)"
         sound = isinstance(labels, Tensor) and labels.dim() == 3 and list(labels.shape[:2]) == shape
@@ -322,6 +324,10 @@ class DistilledSet(nn.Module):
         for update, step_size in enumerate(self.step_sizes):
             yield images[update % self.steps], labels[update % self.steps], step_size
 
+    def shared(self) -> dict[str, Tensor]:
+        """Learned tensors that all images share, such as a decoder's weights, by the names that files give them."""
+        return {name: value for name, value in self.named_parameters() if "." in name}
+
     def make_optimizer(self, parameters: Iterator[Tensor]) -> torch.optim.Optimizer:
         """The inner optimizer; its learning rate is a placeholder, as every update brings its own step size."""
         if self.optimizer == "Adam":
@@ -337,7 +343,8 @@ class DistilledSet(nn.Module):
 
     def save(self, path: str | Path, *, dataset: Dataset, **notes: object) -> None:
         """Writes a safetensors file in the format of `distilled/README.md`; `notes`, as network="LeNet", go with it."""
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("images", "labels", "step_sizes")}
+        tensors = {name: getattr(self, name) for name in ("images", "labels", "step_sizes")} | self.shared()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         sound = all(tensor.isfinite().all() for tensor in tensors.values())
         require(sound, f"path='{path}': the set has values that are not finite; distill again with a lower step_size=")
         made = {"dataset": dataset.name, "mean": dataset.mean, "std": dataset.std, "iterations": self.iterations}
@@ -362,9 +369,12 @@ class DistilledSet(nn.Module):
             kind = {kind.__name__: kind for kind in kinds}[metadata["parametrization"]]
             options = {name: json.loads(metadata[name]) for name in ("epochs", "momentum", *kind.options)}
             options |= {"optimizer": metadata["inner_optimizer"], "step_size": tensors.pop("step_sizes").flatten()}
+            shared = {name: tensors.pop(name) for name in list(tensors) if "." in name}
             loaded = kind(**tensors, **options)
+            require(shared.keys() == loaded.shared().keys(), f"its shared tensors are {sorted(shared)}")
+            loaded.load_state_dict(shared, strict=False)
             require(loaded.metadata().items() <= metadata.items(), f"trains unlike {loaded.metadata()}")
-        except (OSError, safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, safetensors.SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"path='{path}': no whole and sound distilled set ({error})") from error
         loaded.iterations = metadata.get("iterations", "0")
         return loaded
@@ -404,6 +414,25 @@ class MultiFormation(DistilledSet):
         grid = self.images.unflatten(-2, (self.factor, -1)).unflatten(-1, (self.factor, -1))
         small = grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(0, 3)  # [steps × n × rows × columns, c, *size]
         return F.interpolate(small, self.images.shape[-2:], mode="bilinear").unflatten(0, (self.steps, -1))
+
+
+class Decoded(DistilledSet):
+    """Codes that a small decoder, shared by all, turns into images (Lee et al. 2022): a hundred images' floats make
+    thousands. `images` are the codes, [steps, n, d, 1, 1]; `size` is [c, h, w] of what networks see, h and w multiples
+    of 4; `channels` are those between the decoder's three layers."""
+
+    options = ("channels", "size")
+
+    def __init__(self, images: Tensor, labels: Tensor, *, channels: Sequence[int], size: Sequence[int], **opts) -> None:
+        self.channels, self.size, (c1, c2), (c, h, w) = list(channels), list(size), channels, size
+        grow = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+        first = nn.ConvTranspose2d(images.shape[2], c1, (h // 4, w // 4))
+        decoder = nn.Sequential(first, nn.ReLU(), grow(c1, c2), nn.ReLU(), grow(c2, c))
+        super().__init__(images, labels, decoder=decoder.to(images), **opts)
+
+    def decode(self) -> Tensor:
+        """[steps, n, *size]"""
+        return self.decoder(self.images.flatten(0, 1)).unflatten(0, self.images.shape[:2])
 
 
 def load(name: str, *, device: torch.device | str = "cpu") -> DistilledSet:

@@ -9,6 +9,7 @@ from functools import partial
 import distill_utils as du
 from study.architectures import TESTED_ON, ConvNet
 from study.controls import UNDISTILLED, schedule_controls
+from study.decoding import fit_decoder, teach, train_teacher
 from study.evaluation import hard_labels, train_from_scratch, with_schedule_of
 from study.matching import feature_distance, gradient_distance, match
 from study.records import Results, Study
@@ -172,6 +173,45 @@ def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
     return ways
 
 
+# ------------------------------------------------------------------------------------------------------- decoded sets
+def decoded_set(study: Study, *, floats: int, steps: int, per_class: int, **options) -> None:
+    """Fits a decoder with codes and soft labels; every architecture is trained from scratch on the set and on its
+    controls, in as many updates.
+
+    Controls are random real images as multi-formation, with soft labels of the same teacher or true ones.
+    """
+    dataset, share = dataset_of(study, study.name), study.fraction
+    begin = time.perf_counter()
+    teacher = train_teacher(dataset, networks=TEACHERS, epochs=max(1, round(6 * share)))
+    options["iterations"] = max(1, round(share * options["iterations"]))
+    decoded, true_labels = fit_decoder(dataset, teacher, floats=floats, **options)
+    study.distillation_seconds = round(time.perf_counter() - begin)
+    file = study.save(decoded, dataset)
+    packed = initial_set(du.init_from_real(dataset, steps=steps, per_class=4 * per_class), factor=2, epochs=1, inner={})
+    taught = teach(teacher, packed.decode().flatten(0, 1)).unflatten(0, packed.labels.shape[:2])
+    sets = {
+        "decoded, soft labels": decoded, "decoded, true labels": true_labels,
+        "random real images, soft labels": with_schedule_of(packed, packed.images, taught),
+        "random real images, true labels": packed,
+    }  # fmt: skip
+    black = float(dataset.train.images.min())
+    for architecture, (rates, networks, shown) in GENERAL.items():
+        make_network, networks = TESTED_ON[architecture], max(1, study.networks * networks // 200)
+        for title, images in sets.items():
+            for way, fill in {"plain": None, "augmented": black}.items():
+                if fill is not None and "true" in title:
+                    continue  # soft labels are the stronger control
+                train = partial(
+                    train_from_scratch, images, make_network=make_network, optimizer="Adam", batch_size=64, black=fill,
+                    epochs=max(1, round(share * shown / images.labels[..., 0].numel())), side_by_side=False,
+                )  # fmt: skip
+                step_size = max(
+                    rates, key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean
+                )
+                found = train(dataset.test, networks=networks, step_size=step_size)
+                study.add(f"{architecture}, {title}, {way}", found.values, files=[file] * (images is decoded) or None)
+
+
 def whole_set(study: Study) -> None:
     """What all real images teach in five epochs."""
     for name in ("mnist", "fashion"):
@@ -209,6 +249,19 @@ RIVAL_NETWORKS = {"LeNet": du.LeNet, "ConvNet-3": ConvNet}
 DISTANCES = {"gradient matching": gradient_distance, "distribution matching": feature_distance}
 
 
+TEACHERS = 4  # LeNets
+GENERAL = {  # step sizes of Adam to choose from, networks tested, images that each sees in training
+    "LeNet": ((1e-3, 3e-3), 5, 192_000), "MLP": ((1e-3, 3e-3), 5, 192_000),
+    "MLP-Mixer": ((1e-3, 3e-3), 3, 64_000), "ViT": ((1e-3, 3e-3), 3, 64_000),
+    "GRU over rows": ((1e-3, 3e-3), 3, 64_000), "ConvNeXt-like": ((1e-3, 3e-3), 3, 64_000),
+    "ConvNet-3, instance norm": ((1e-3, 3e-3), 2, 64_000),
+}  # fmt: skip
+DECODED = {
+    "mnist-ipc1-decoded": {"floats": 7_840, "steps": 1, "per_class": 1, "codes": 6, "channels": [6, 4]},
+    "mnist-ipc10-decoded": {"floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12]},
+    "mnist-ipc50-decoded": {"floats": 392_000, "steps": 5, "per_class": 10, "codes": 24, "channels": [32, 16]},
+    "fashion-ipc10-decoded": {"floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12]},
+}
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
 SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times
 MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}  # more than one image per class
@@ -241,6 +294,7 @@ NEEDS = {  # experiments that load the set of another one
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
     **{f"{name}-seed{seed}": partial(another_seed, name=name, seed=seed) for name in SEEDED for seed in (1, 2)},
+    **{name: partial(decoded_set, iterations=15_000, **recipe) for name, recipe in DECODED.items()},
     "whole-set": whole_set,
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},

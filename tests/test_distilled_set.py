@@ -158,6 +158,41 @@ def test_a_factor_of_one_changes_nothing(toy):
     assert du.DistilledSet(images, labels).decode().shape == images.shape
 
 
+def make_decoded(toy) -> du.DistilledSet:
+    with du.seeded(0):
+        codes, labels = torch.randn(2, 3, 5, 1, 1).to(toy.train.images), torch.eye(3).repeat(2, 1, 1)
+        return du.Decoded(codes, labels, channels=[4, 3], size=[1, 4, 4], epochs=2)
+
+
+def test_a_decoder_turns_codes_into_images_and_comes_back_from_its_file(toy, tmp_path):
+    distilled = make_decoded(toy)
+    assert distilled.decode().shape == (2, 3, 1, 4, 4)
+    distilled.save(tmp_path / "toy.safetensors", dataset=toy)
+    loaded = du.DistilledSet.load(tmp_path / "toy.safetensors")
+    assert loaded.shared().keys() == {f"decoder.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    assert torch.equal(loaded.decode(), distilled.decode())
+
+
+def test_distillation_improves_codes_and_decoder(toy, smooth):
+    distilled = make_decoded(toy)
+    before = {name: value.detach().clone() for name, value in distilled.named_parameters()}
+    history = du.distill(
+        distilled, toy, smooth, iterations=60, batch_size=32, validate_every=60, validation_networks=1, progress=False
+    )
+    assert sum(history.loss[-5:]) < sum(history.loss[:5])
+    assert all(not torch.equal(value, before[name]) for name, value in distilled.named_parameters())
+
+
+@pytest.mark.fault("damaged files refused")
+def test_a_file_without_its_decoder_is_refused(toy, tmp_path, monkeypatch):
+    distilled = make_decoded(toy)
+    monkeypatch.setattr(du.Decoded, "shared", lambda self: {})
+    distilled.save(tmp_path / "toy.safetensors", dataset=toy)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no whole and sound distilled set .its shared tensors are"):
+        du.DistilledSet.load(tmp_path / "toy.safetensors")
+
+
 @pytest.mark.fault("bad calls named")
 def test_images_and_labels_must_fit_the_factor(toy):
     images, labels = du.init_from_real(toy, steps=2)

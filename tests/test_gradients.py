@@ -83,12 +83,16 @@ def test_gradients_reach_the_images_of_a_multi_formation(toy, smooth):
     assert_same_gradients(du.outer_loss(network, distilled, real), expected, list(distilled.parameters()))
 
 
-@pytest.mark.parametrize(("inner", "factor"), [(SGD, 1), (MOMENTUM, 2), (ADAM, 1), (ADAM, 2)])
+@pytest.mark.parametrize(("inner", "factor"), [(SGD, 1), (MOMENTUM, 2), (ADAM, 1), (ADAM, 2), (SGD, 0)])
 def test_gradients_equal_finite_differences(toy, smooth, inner, factor):
     distilled, real = make_problem(toy, soft_labels=True, **inner)
     if factor > 1:
         labels, options = distilled.labels.detach().repeat(1, 4, 1), {"epochs": 2, "soft_labels": True, **inner}
         distilled = du.MultiFormation(distilled.images.detach(), labels, factor=2, **options)
+    if factor == 0:  # codes and a decoder
+        labels = distilled.labels.detach()
+        options = {"channels": [4, 3], "size": [1, 4, 4], "soft_labels": True, **inner}
+        distilled = du.Decoded(torch.randn(2, labels.shape[1], 5, 1, 1), labels, **options)
     network = smooth()
 
     def loss() -> float:

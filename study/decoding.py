@@ -1,0 +1,90 @@
+"""Sets of many images in the floats of few: codes of real images, a small decoder, and the labels of a teacher.
+
+No training is differentiated here. The decoder is that of an autoencoder, and the teacher is an ensemble of LeNets
+trained on all real images. `du.distill` improves such a set like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import distill_utils as du
+
+
+def train_teacher(dataset: du.Dataset, *, networks: int, epochs: int, seed: int = 0) -> du.Ensemble:
+    """LeNets trained on all real images, side by side."""
+    with du.seeded(seed):
+        fresh = [du.LeNet(classes=dataset.classes).to(dataset.train.images.device) for _ in range(networks)]
+        return du.train(du.Ensemble(fresh), dataset.train, epochs=epochs)
+
+
+@torch.no_grad()
+def teach(teacher: nn.Module, images: Tensor) -> Tensor:
+    """Soft labels [n, classes] of images [n, c, h, w]: the geometric mean of the teacher's probabilities."""
+    scores = [teacher(part).log_softmax(-1).mean(0) for part in images.split(500)]
+    return torch.cat(scores).softmax(-1)
+
+
+def count_codes(floats: int, shared: int, codes: int, labels: int) -> int:
+    """How many images `floats` pay for, after the decoder's `shared` ones: each has `codes` and `labels` floats."""
+    du.require(floats >= shared + codes + labels, f"floats={floats}: the decoder alone has {shared}; give more")
+    return (floats - shared) // (codes + labels)
+
+
+def fit_decoder(
+    dataset: du.Dataset, teacher: nn.Module, *, floats: int, codes: int, channels: Sequence[int], iterations: int,
+    batch_size: int = 256, step_size: float = 3e-3, seed: int = 0,
+) -> tuple[du.Decoded, du.Decoded]:  # fmt: skip
+    """An autoencoder's decoder with the codes of random training images, in a set of at most `floats` floats.
+
+    Args:
+        teacher: gives the soft labels, an ensemble.
+        floats: codes, labels and decoder together.
+        codes: floats of an image's code.
+        channels: of the decoder, see `du.Decoded`.
+        iterations: minibatch updates of the autoencoder by Adam, whose step size falls along a half cosine.
+        step_size: the first one.
+
+    Returns the set with the teacher's labels, and its control with true labels. A true label is a single float, so
+    the control holds more images.
+    """
+    images, size = dataset.train.images, list(dataset.train.images.shape[1:])
+    du.require_counts(floats=floats, codes=codes, iterations=iterations, batch_size=batch_size)
+    start = torch.zeros(1, 1, codes, 1, 1).to(images), torch.eye(dataset.classes)[None, :1]
+    with du.seeded(seed):
+        decoder = du.Decoded(*start, channels=channels, size=size).decoder
+        encoder = make_encoder(math.prod(size), codes).to(images)
+        optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=step_size)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+        for _ in range(iterations):
+            batch = images[torch.randint(len(images), (batch_size,)).to(images.device)]
+            loss = F.mse_loss(decoder(encoder(batch)), batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            cosine.step()
+    shared = sum(weight.numel() for weight in decoder.parameters())
+    sets = []
+    for soft in (True, False):
+        count = count_codes(floats, shared, codes, dataset.classes if soft else 1)
+        chosen, labels = du.init_from_real(dataset, steps=1, per_class=count // dataset.classes, seed=seed)
+        with torch.no_grad():
+            code = encoder.eval()(chosen[0])
+            labels = teach(teacher, decoder(code))[None] if soft else labels
+        decoded = du.Decoded(code[None], labels, channels=channels, size=size, step_size=0.01, momentum=0.9)
+        decoded.decoder.load_state_dict(decoder.state_dict())
+        sets.append(decoded)
+    return tuple(sets)
+
+
+def make_encoder(pixels: int, codes: int) -> nn.Sequential:
+    """Images [n, c, h, w] to codes [n, codes, 1, 1] of about unit variance. It is not stored."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, codes),
+        nn.BatchNorm1d(codes, affine=False), nn.Unflatten(1, (codes, 1, 1)),
+    )  # fmt: skip
