@@ -20,7 +20,10 @@ from study import running
 from study.ablation import EXPERIMENTS as ABLATION
 from study.ablation import LEFT_OUT, TECHNIQUES
 from study.architectures import TESTED_ON
-from study.best_sets import AUGMENTED, CONTROLS, RECIPES, RIVAL_NETWORKS, RIVALS, SCHEDULED, TRANSFERRED, protocol
+from study.best_sets import (
+    AUGMENTED, CONTROLS, DECODED, DECODED_ROWS, GENERAL, RECIPES, RIVAL_NETWORKS, RIVALS, SCHEDULED, TEACHERS,
+    TRANSFERRED, protocol,
+)  # fmt: skip
 from study.controls import UNDISTILLED
 from study.evaluation import label_robust_score
 from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
@@ -320,6 +323,19 @@ def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
     return markdown_table(["network", "training", *KINDS, "lead"], rows) if rows else ""
 
 
+def decoded_table(results: Results, *names: str) -> str:
+    """Architectures trained from scratch on decoded sets and on random real images as multi-formation, and the lead
+    over the better of these; the labels of both come from one teacher, or are true."""
+    rows = []
+    for name, architecture, way in itertools.product(names or DECODED, GENERAL, ("plain", "augmented")):
+        stored = set(results.find(name).row)
+        found = [f"{architecture}, {title}, {way}" for title in DECODED_ROWS]
+        found = [results.pooled(name, row) if row in stored else "" for row in found]
+        lead = found[0].mean - max(each.mean for each in found[2:] if each)
+        rows.append([name, architecture, way, *found, f"{lead:+.1f}", len(found[0].values)])
+    return markdown_table(["set", "network", "training", *DECODED_ROWS, "lead", "networks"], rows)
+
+
 def rivals_table(results: Results) -> str:
     """Whole images distilled by three methods, with one network and tested on two."""
     stored, rows = set(results.runs.experiment), []
@@ -366,6 +382,13 @@ def headline_table(paper: Results, best: Results) -> str:
         ["100", scratch, matching, *beside(best, "mnist-ipc10-scratch", scratch)],
         ["100, multi-formation", scratch, idc[10], *beside(best, "mnist-ipc10-mf2-scratch", scratch)],
         ["500, multi-formation", scratch, idc[50], *beside(best, "mnist-ipc50-mf2-scratch", scratch)],
+        *(
+            [f"floats of 100 {images}, codes and a decoder", "from scratch, Adam", "",
+             f"{best.pooled(name, control)} (random real images, labels of a teacher, n=5)",
+             counted(best, name, f"LeNet, {DECODED_ROWS[0]}, plain")]
+            for name, images in (("mnist-ipc10-decoded", "images"), ("fashion-ipc10-decoded", "of Fashion-MNIST"))
+            for control in [f"LeNet, {DECODED_ROWS[2]}, plain"]
+        ),
         ["10 of Fashion-MNIST, multi-formation", "50 updates of Adam", "",
          *beside(best, "fashion-ipc1-mf2-50steps", learned)],
     ]  # fmt: skip
@@ -453,6 +476,57 @@ def card(name: str, path: Path, results: Results) -> str:
     ).replace(" \n", "\n")  # fmt: skip
 
 
+DECODED_CARD = """# {name}
+
+{count} images for {dataset} from the floats of 100: codes of {codes} floats, soft labels, and one decoder of {shared:,}
+weights, {floats:,} floats together. Made for training from scratch, with any network and optimizer.
+LeNets that the set has not seen reach {accuracy} on the test images, and {augmented} with augmentation.
+
+```python
+import distill_utils as du
+import torch
+
+data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
+images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)
+network = du.LeNet()
+adam = torch.optim.Adam(network.parameters(), lr=1e-3)
+du.train(network, du.Split(images, labels), epochs={epochs}, batch_size=64, optimizer=adam)
+print(f"{{du.accuracy(network, data.test):.1f}}%")
+```
+
+The decoder is that of an autoencoder of all training images. The codes are those of random training images, and the
+labels are what {teachers} LeNets, trained on all real images, make of the decoded ones. No training is differentiated.
+Images are normalized as `(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1. Made by `python -m study best --only {name}`,
+seed 0, in {minutes:.0f} minutes: {machine}; {versions}.
+
+## Accuracy
+
+Test images, mean ± std over networks of one set. Controls hold as many floats of images: random real ones as
+multi-formation with factor 2. Each network and kind of images has its own step size of Adam where the study tries
+several, chosen on validation images. All rows of a network have as many updates.
+*Augmented*: turned, shifted and scaled anew in every update. The lead is over the better control.
+
+{accuracies}
+"""
+
+
+def decoded_card(name: str, path: Path, results: Results) -> str:
+    """What a user of a decoded set wants to know, in Markdown."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    distilled, run = du.DistilledSet.load(path), results.run(name)
+    shared = sum(weight.numel() for weight in distilled.shared().values())
+    accuracy, augmented = (results.pooled(name, f"LeNet, {DECODED_ROWS[0]}, {way}") for way in ("plain", "augmented"))
+    count, shown = distilled.labels[..., 0].numel(), GENERAL["LeNet"][2]
+    return DECODED_CARD.format(
+        name=name, dataset=metadata["dataset"], count=f"{count:,}", codes=distilled.images.shape[2], shared=shared,
+        floats=distilled.images.numel() + distilled.labels.numel() + shared, accuracy=accuracy, augmented=augmented,
+        epochs=round(shown / count), teachers=TEACHERS, mean=float(metadata["mean"]), std=float(metadata["std"]),
+        minutes=run.distillation_seconds / 60, machine=run.machine, versions=run.versions,
+        accuracies=decoded_table(results, name),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------- reports
 HEADS = {
     "paper": """# The paper's MNIST experiments
@@ -486,6 +560,7 @@ def tables(part: str, results: Results) -> list[str]:
         "Accuracies": best_table(results), "Recipes": recipe_table(),
         **schedules, "Controls, from scratch": controls_table(results),
         "Augmented, from scratch": augmented_table(results),
+        "Decoded sets, from scratch by Adam": decoded_table(results),
         "Other architectures, from scratch by Adam": transfer_table(results),
         "Other methods, from scratch": rivals_table(results),
         "As reported by others": reported_table(results),
@@ -508,5 +583,7 @@ def write_report(part: str, results: Results) -> None:
 
 def write_cards(folder: Path, results: Results) -> None:
     """Writes the card of each set in `folder`."""
+    for name in DECODED:
+        (folder / f"{name}.md").write_text(decoded_card(name, folder / f"{name}.safetensors", results))
     for name in RECIPES:
         (folder / f"{name}.md").write_text(card(name, folder / f"{name}.safetensors", results))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import distill_utils as du
+from study.architectures import MLP
 from study.evaluation import train_from_scratch
 
 FOLDER = Path(du.__file__).with_name("distilled")
@@ -19,7 +20,8 @@ SCHEDULES = [
 SCRATCH = {  # epochs of a shortened training, and an accuracy some five points below what it gives
     "mnist-ipc10-scratch": (60, 82.0), "mnist-ipc10-mf2-scratch": (20, 86.0), "mnist-ipc50-mf2-scratch": (6, 89.0),
 }  # fmt: skip
-NAMES = [*SCHEDULES, *SCRATCH]
+DECODED = {"mnist-ipc10-decoded": (88.0, 82.0), "fashion-ipc10-decoded": (72.0, 72.0)}  # floors: a LeNet, an MLP
+NAMES = [*SCHEDULES, *SCRATCH, *DECODED]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,22 @@ def test_the_folder_holds_these_sets_each_with_a_card_and_an_entry_in_the_list()
         assert f"[`{name}`]({name}.md)" in listed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DECODED)
+def test_a_decoded_set_costs_no_more_floats_than_its_name_says(name):
+    distilled = du.load(name)
+    floats = distilled.images.numel() + distilled.labels.numel()
+    assert floats + sum(tensor.numel() for tensor in distilled.shared().values()) <= 784 * 10 * 10
+    assert distilled.decode().shape[1:] == (*distilled.labels.shape[1:2], 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_a_decoded_set_teaches_two_kinds_of_network_in_a_fraction_of_the_cards_epochs(name, load_test):
+    options = {"networks": 1, "epochs": 15, "batch_size": 64, "optimizer": "Adam", "step_size": 0.001, "seed": 77}
+    for make_network, floor in zip((du.LeNet, MLP), DECODED[name], strict=True):
+        assert train_from_scratch(du.load(name), load_test(name), make_network, **options).mean > floor
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, *SCRATCH])
 def test_a_set_holds_what_its_name_says(name):
     distilled = du.load(name)
     per_class, factor = int(re.search(r"ipc(\d+)", name).group(1)), 2 if "-mf2-" in name else 1

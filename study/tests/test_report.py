@@ -107,6 +107,16 @@ def test_a_card_says_what_a_user_wants_to_know(name):
     compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], name, "exec")
 
 
+@pytest.mark.parametrize("name", best_sets.DECODED)
+def test_the_card_of_a_decoded_set_has_its_controls_and_a_program(name):
+    results = Results(RESULTS / "best")
+    text = report.decoded_card(name, DISTILLED / f"{name}.safetensors", results)
+    assert text == (DISTILLED / f"{name}.md").read_text(), "run python -m study --report"
+    assert str(results.pooled(name, "LeNet, decoded, soft labels, plain")) in text.split("```")[0]
+    assert report.decoded_table(results, name) in text
+    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], name, "exec")
+
+
 def test_the_headline_has_controls():
     table = report.headline_table(Results(RESULTS / "paper"), Results(RESULTS / "best"))
     assert "| 90.1 ± 1.4% (random real images, n=4) | 95.7 ± 0.5% (n=100) |" in table
