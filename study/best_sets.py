@@ -189,10 +189,8 @@ def decoded_set(study: Study, *, floats: int, steps: int, per_class: int, **opti
     file = study.save(decoded, dataset)
     packed = initial_set(du.init_from_real(dataset, steps=steps, per_class=4 * per_class), factor=2, epochs=1, inner={})
     taught = teach(teacher, packed.decode().flatten(0, 1)).unflatten(0, packed.labels.shape[:2])
-    sets = zip(
-        DECODED_ROWS, (decoded, true_labels, with_schedule_of(packed, packed.images, taught), packed), strict=True
-    )
-    sets = dict(sets)
+    taught = with_schedule_of(packed, packed.images, taught)
+    sets = dict(zip(DECODED_ROWS, (decoded, true_labels, taught, packed), strict=True))
     black = float(dataset.train.images.min())
     for architecture, (rates, networks, shown) in GENERAL.items():
         make_network, networks = TESTED_ON[architecture], max(1, study.networks * networks // 200)
@@ -250,7 +248,8 @@ DISTANCES = {"gradient matching": gradient_distance, "distribution matching": fe
 
 TEACHERS = 4  # LeNets
 DECODED_ROWS = (
-    "decoded, soft labels", "decoded, true labels", "random real images, soft labels", "random real images, true labels",
+    "decoded, soft labels", "decoded, true labels",
+    "random real images, soft labels", "random real images, true labels",
 )  # fmt: skip
 GENERAL = {  # step sizes of Adam to choose from, networks tested, images that each sees in training
     "LeNet": ((1e-3, 3e-3), 5, 192_000), "MLP": ((1e-3, 3e-3), 5, 192_000),

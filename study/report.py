@@ -21,8 +21,18 @@ from study.ablation import EXPERIMENTS as ABLATION
 from study.ablation import LEFT_OUT, TECHNIQUES
 from study.architectures import TESTED_ON
 from study.best_sets import (
-    AUGMENTED, CONTROLS, DECODED, DECODED_ROWS, GENERAL, RECIPES, RIVAL_NETWORKS, RIVALS, SCHEDULED, TEACHERS,
-    TRANSFERRED, protocol,
+    AUGMENTED,
+    CONTROLS,
+    DECODED,
+    DECODED_ROWS,
+    GENERAL,
+    RECIPES,
+    RIVAL_NETWORKS,
+    RIVALS,
+    SCHEDULED,
+    TEACHERS,
+    TRANSFERRED,
+    protocol,
 )  # fmt: skip
 from study.controls import UNDISTILLED
 from study.evaluation import label_robust_score
@@ -496,8 +506,8 @@ print(f"{{du.accuracy(network, data.test):.1f}}%")
 
 The decoder is that of an autoencoder of all training images. The codes are those of random training images, and the
 labels are what {teachers} LeNets, trained on all real images, make of the decoded ones. No training is differentiated.
-Images are normalized as `(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1. Made by `python -m study best --only {name}`,
-seed 0, in {minutes:.0f} minutes: {machine}; {versions}.
+Images are normalized as `(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1.
+Made by `python -m study best --only {name}`, seed 0, in {minutes:.0f} minutes: {machine}; {versions}.
 
 ## Accuracy
 

@@ -189,7 +189,7 @@ def test_a_file_without_its_decoder_is_refused(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(du.Decoded, "shared", lambda self: {})
     distilled.save(tmp_path / "toy.safetensors", dataset=toy)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="no whole and sound distilled set .its shared tensors are"):
+    with pytest.raises(ValueError, match=r"no whole and sound distilled set .its shared tensors are"):
         du.DistilledSet.load(tmp_path / "toy.safetensors")
 
 
