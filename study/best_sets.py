@@ -258,7 +258,7 @@ GENERAL = {  # step sizes of Adam to choose from, networks tested, images that e
     "ConvNet-3, instance norm": ((1e-3,), 2, 32_000),
 }  # fmt: skip
 DECODED = {  # floats of 100 images, all codes, labels and the decoder counted
-    name: {"floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12]}
+    name: {"floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12], "iterations": 15_000}
     for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")
 }
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
@@ -293,7 +293,7 @@ NEEDS = {  # experiments that load the set of another one
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
     **{f"{name}-seed{seed}": partial(another_seed, name=name, seed=seed) for name in SEEDED for seed in (1, 2)},
-    **{name: partial(decoded_set, iterations=15_000, **recipe) for name, recipe in DECODED.items()},
+    **{name: partial(decoded_set, **recipe) for name, recipe in DECODED.items()},
     "whole-set": whole_set,
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},

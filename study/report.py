@@ -340,6 +340,8 @@ def decoded_table(results: Results, *names: str) -> str:
     for name, architecture, way in itertools.product(names or DECODED, GENERAL, ("plain", "augmented")):
         stored = set(results.find(name).row)
         found = [f"{architecture}, {title}, {way}" for title in DECODED_ROWS]
+        if found[0] not in stored:
+            continue
         found = [results.pooled(name, row) if row in stored else "" for row in found]
         lead = found[0].mean - max(each.mean for each in found[2:] if each)
         rows.append([name, architecture, way, *found, f"{lead:+.1f}", len(found[0].values)])

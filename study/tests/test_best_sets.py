@@ -20,12 +20,17 @@ def test_the_experiments_add_what_the_report_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(du, "best_constant_step_size", lambda distilled, *_, **__: distilled)
     monkeypatch.setattr(best_sets, "match", lambda *_, **__: None)  # which have tests of their own
     monkeypatch.setattr(best_sets, "NetworkPool", lambda _, **options: NetworkPool(1, **options))
-    limits = {"epochs": 2, "window": 2, "per_class": 4, "batch_size": 64}
+    limits = {"floats": 20_000, "epochs": 2, "window": 2, "per_class": 4, "batch_size": 64}
+    recipes = {
+        best_sets.best_set: best_sets.RECIPES,
+        best_sets.decoded_set: best_sets.DECODED,
+        best_sets.rivalry: best_sets.RIVALS,
+    }
     controls = {f"controls-{name}" for name in best_sets.SCHEDULED[1:]}  # one is enough
     for name, experiment in best_sets.EXPERIMENTS.items():
         if name in controls:
             continue
-        for function, settings in ((best_sets.best_set, best_sets.RECIPES), (best_sets.rivalry, best_sets.RIVALS)):
+        for function, settings in recipes.items():
             if name in settings:
                 options = settings[name].items()
                 options = {key: min(value, limits[key]) if key in limits else value for key, value in options}
