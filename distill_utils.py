@@ -374,7 +374,8 @@ class DistilledSet(nn.Module):
             require(shared.keys() == loaded.shared().keys(), f"its shared tensors are {sorted(shared)}")
             loaded.load_state_dict(shared, strict=False)
             require(loaded.metadata().items() <= metadata.items(), f"trains unlike {loaded.metadata()}")
-        except Exception as error:  # files can be damaged in many ways
+        except (OSError, safetensors.SafetensorError, AttributeError, KeyError, RuntimeError, TypeError,
+                ValueError) as error:  # fmt: skip
             raise ValueError(f"path='{path}': no whole and sound distilled set ({error})") from error
         loaded.iterations = metadata.get("iterations", "0")
         return loaded
