@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import distill_utils as du
@@ -157,12 +157,15 @@ def transfer(study: Study, *, name: str) -> None:
     for architecture, make_network in TESTED_ON.items():
         for title, images in sets.items():
             train = partial(train_from_scratch, images, make_network=make_network, **options)
-            step_size = max(
-                RATES, key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean
-            )
+            step_size = best_step_size(train, dataset, RATES)
             for way, more in ways_to_train(architecture, dataset).items():
                 found = train(dataset.test, networks=max(1, study.networks // 40), step_size=step_size, **more)
                 study.add(f"{architecture}, {title}, {way}", found.values)
+
+
+def best_step_size(train: Callable[..., du.Accuracies], dataset: du.Dataset, rates: Sequence[float]) -> float:
+    """The one that gives the best accuracy on validation images."""
+    return max(rates, key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean)
 
 
 def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
@@ -202,9 +205,7 @@ def decoded_set(study: Study, *, floats: int, steps: int, per_class: int, **opti
                     train_from_scratch, images, make_network=make_network, optimizer="Adam", batch_size=64, black=fill,
                     epochs=max(1, round(share * shown / images.labels[..., 0].numel())), side_by_side=False,
                 )  # fmt: skip
-                step_size = max(
-                    rates, key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean
-                )
+                step_size = best_step_size(train, dataset, rates)
                 found = train(dataset.test, networks=networks, step_size=step_size)
                 study.add(f"{architecture}, {title}, {way}", found.values, files=[file] * (images is decoded) or None)
 
