@@ -255,18 +255,19 @@ class DistilledSet(nn.Module):
         label_smoothing: how far soft labels start towards uniform, above 0 and at most 1; near 0 they hardly move.
         optimizer: the inner optimizer, "SGD" or "Adam".
         momentum: of SGD, 0 ≤ momentum < 1.
-        decoder: a module that a parametrization's `decode` uses; it is learned, too.
+        shared: of a parametrization, learned tensors that all images share, by the names in its `shared`.
 
-    Raises ValueError where shapes or ranges are wrong. A *parametrization* is a subclass that overrides `decode`; the
-    attributes named in its `options` are saved, and given to its constructor on loading.
+    Raises ValueError where shapes or ranges are wrong. A *parametrization* is a subclass that overrides `decode`. The
+    attributes that its `options` and `shared` name are saved, and given to its constructor on loading.
     """
 
     options: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     def __init__(
         self, images: Tensor, labels: Tensor, *, epochs: int = 1, step_size: float | Tensor = 0.02,
         soft_labels: bool = False, label_smoothing: float = 0.5, optimizer: str = "SGD", momentum: float = 0.0,
-        decoder: nn.Module | None = None,
+        **shared: Tensor,
     ) -> None:  # fmt: skip
         super().__init__()
         sound = isinstance(images, Tensor) and images.dim() == 5 and images.numel() > 0
@@ -279,9 +280,11 @@ class DistilledSet(nn.Module):
         require(sound, f"momentum={momentum}: give at least 0 and less than 1; 0 with Adam, which has its own moments")
         self.steps, self.epochs, self.updates = len(images), int(epochs), len(images) * int(epochs)
         require(self.updates <= 10**6, f"epochs={epochs}: makes {self.updates:,} updates; give at most a million")
+        require(shared.keys() == set(self.shared), f"{', '.join(shared)}: give only known arguments {self.shared}")
         self.optimizer, self.momentum = optimizer, float(momentum)
         self.iterations = "0"  # of the outer loop, as "7 of 400" where it was interrupted; `Distillation` counts
-        self.images, self.decoder = nn.Parameter(images.clone()), decoder
+        for name, tensor in {"images": images, **shared}.items():
+            setattr(self, name, nn.Parameter(tensor.clone()))
         self.set_step_sizes(step_size)
         shape, remedy = list(self.decode().shape[:2]), "for integer labels F.one_hot(labels, classes)"
         sound = isinstance(labels, Tensor) and labels.dim() == 3 and list(labels.shape[:2]) == shape
@@ -324,10 +327,6 @@ class DistilledSet(nn.Module):
         for update, step_size in enumerate(self.step_sizes):
             yield images[update % self.steps], labels[update % self.steps], step_size
 
-    def shared(self) -> dict[str, Tensor]:
-        """Learned tensors that all images share, such as a decoder's weights, by the names that files give them."""
-        return {name: value for name, value in self.named_parameters() if "." in name}
-
     def make_optimizer(self, parameters: Iterator[Tensor]) -> torch.optim.Optimizer:
         """The inner optimizer; its learning rate is a placeholder, as every update brings its own step size."""
         if self.optimizer == "Adam":
@@ -343,7 +342,7 @@ class DistilledSet(nn.Module):
 
     def save(self, path: str | Path, *, dataset: Dataset, **notes: object) -> None:
         """Writes a safetensors file in the format of `distilled/README.md`; `notes`, as network="LeNet", go with it."""
-        tensors = {name: getattr(self, name) for name in ("images", "labels", "step_sizes")} | self.shared()
+        tensors = {name: getattr(self, name) for name in ("images", "labels", "step_sizes", *self.shared)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         sound = all(tensor.isfinite().all() for tensor in tensors.values())
         require(sound, f"path='{path}': the set has values that are not finite; distill again with a lower step_size=")
@@ -369,10 +368,7 @@ class DistilledSet(nn.Module):
             kind = {kind.__name__: kind for kind in kinds}[metadata["parametrization"]]
             options = {name: json.loads(metadata[name]) for name in ("epochs", "momentum", *kind.options)}
             options |= {"optimizer": metadata["inner_optimizer"], "step_size": tensors.pop("step_sizes").flatten()}
-            shared = {name: tensors.pop(name) for name in list(tensors) if "." in name}
             loaded = kind(**tensors, **options)
-            require(shared.keys() == loaded.shared().keys(), f"its shared tensors are {sorted(shared)}")
-            loaded.load_state_dict(shared, strict=False)
             require(loaded.metadata().items() <= metadata.items(), f"trains unlike {loaded.metadata()}")
         except (OSError, safetensors.SafetensorError, AttributeError, KeyError, RuntimeError, TypeError,
                 ValueError) as error:  # fmt: skip
@@ -418,22 +414,18 @@ class MultiFormation(DistilledSet):
 
 
 class Decoded(DistilledSet):
-    """Codes that a small decoder, shared by all, turns into images (Lee et al. 2022): a hundred images' floats make
-    thousands. `images` are the codes, [steps, n, d, 1, 1]; `size` is [c, h, w] of what networks see, h and w multiples
-    of 4; `channels` are those between the decoder's three layers."""
+    """Codes [steps, n, d, 1, 1], stored as `images`, which a small decoder, shared by all, turns into images (Lee et
+    al. 2022): a hundred images' floats make thousands. Its layers are transposed convolutions: `weight0` [d, c1, h / 4,
+    w / 4], then `weight1` [c1, c2, 4, 4] and `weight2` [c2, c, 4, 4], which double height and width; `bias0` to 2."""
 
-    options = ("channels", "size")
-
-    def __init__(self, images: Tensor, labels: Tensor, *, channels: Sequence[int], size: Sequence[int], **opts) -> None:
-        self.channels, self.size, (c1, c2), (c, h, w) = list(channels), list(size), channels, size
-        grow = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
-        first = nn.ConvTranspose2d(images.shape[2], c1, (h // 4, w // 4))
-        decoder = nn.Sequential(first, nn.ReLU(), grow(c1, c2), nn.ReLU(), grow(c2, c))
-        super().__init__(images, labels, decoder=decoder.to(images), **opts)
+    shared = ("weight0", "bias0", "weight1", "bias1", "weight2", "bias2")
 
     def decode(self) -> Tensor:
-        """[steps, n, *size]"""
-        return self.decoder(self.images.flatten(0, 1)).unflatten(0, self.images.shape[:2])
+        """[steps, n, c, h, w]"""
+        hidden = F.conv_transpose2d(self.images.flatten(0, 1), self.weight0, self.bias0).relu()
+        hidden = F.conv_transpose2d(hidden, self.weight1, self.bias1, stride=2, padding=1).relu()
+        images = F.conv_transpose2d(hidden, self.weight2, self.bias2, stride=2, padding=1)
+        return images.unflatten(0, self.images.shape[:2])
 
 
 def load(name: str, *, device: torch.device | str = "cpu") -> DistilledSet:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import distill_utils as du
 from study.architectures import TESTED_ON, ConvNet
-from study.controls import UNDISTILLED, schedule_controls
+from study.controls import UNDISTILLED, learn_step_sizes, schedule_controls
 from study.decoding import fit_decoder, teach, train_teacher
 from study.evaluation import hard_labels, train_from_scratch, with_schedule_of
 from study.matching import feature_distance, gradient_distance, match
@@ -177,9 +178,12 @@ def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
 
 
 # ------------------------------------------------------------------------------------------------------- decoded sets
-def decoded_set(study: Study, *, floats: int, steps: int, per_class: int, **options) -> None:
-    """Fits a decoder with codes and soft labels; every architecture is trained from scratch on the set and on its
-    controls, in as many updates.
+def decoded_set(
+    study: Study, *, floats: int, steps: int, per_class: int, architectures: Sequence[str], ways: Sequence[str],
+    schedule: dict | None = None, **options,
+) -> None:  # fmt: skip
+    """Fits a decoder with codes and soft labels, and distills them further if there is a `schedule`; architectures are
+    trained from scratch on the set and on its controls, in as many updates.
 
     Controls are random real images as multi-formation, with soft labels of the same teacher or true ones.
     """
@@ -189,18 +193,23 @@ def decoded_set(study: Study, *, floats: int, steps: int, per_class: int, **opti
     options["iterations"] = max(1, round(share * options["iterations"]))
     decoded, true_labels = fit_decoder(dataset, teacher, floats=floats, **options)
     study.distillation_seconds = round(time.perf_counter() - begin)
-    file = study.save(decoded, dataset)
+    if schedule:
+        decoded, file = distill_decoded(study, dataset, decoded, **schedule)
+    else:
+        file = study.save(decoded, dataset)
     packed = initial_set(du.init_from_real(dataset, steps=steps, per_class=4 * per_class), factor=2, epochs=1, inner={})
     taught = teach(teacher, packed.decode().flatten(0, 1)).unflatten(0, packed.labels.shape[:2])
     taught = with_schedule_of(packed, packed.images, taught)
     sets = dict(zip(DECODED_ROWS, (decoded, true_labels, taught, packed), strict=True))
     black = float(dataset.train.images.min())
-    for architecture, (rates, networks, shown) in GENERAL.items():
+    for architecture in architectures:
+        rates, networks, shown = GENERAL[architecture]
         make_network, networks = TESTED_ON[architecture], max(1, study.networks * networks // 200)
         for title, images in sets.items():
-            for way, fill in {"plain": None, "augmented": black}.items():
-                if fill is not None and "true" in title:
+            for way in ways:
+                if way == "augmented" and "true" in title:
                     continue  # soft labels are the stronger control
+                fill = black if way == "augmented" else None
                 train = partial(
                     train_from_scratch, images, make_network=make_network, optimizer="Adam", batch_size=64, black=fill,
                     epochs=max(1, round(share * shown / images.labels[..., 0].numel())), side_by_side=False,
@@ -208,6 +217,30 @@ def decoded_set(study: Study, *, floats: int, steps: int, per_class: int, **opti
                 step_size = best_step_size(train, dataset, rates)
                 found = train(dataset.test, networks=networks, step_size=step_size)
                 study.add(f"{architecture}, {title}, {way}", found.values, files=[file] * (images is decoded) or None)
+
+
+def distill_decoded(
+    study: Study, dataset: du.Dataset, decoded: du.Decoded, *, steps: int, per_class: int, epochs: int, **options
+) -> tuple[du.Decoded, str]:  # fmt: skip
+    """Distills codes, decoder and labels for a learned schedule, and measures it before and after; returns the set with
+    its file's name. The control is the same set before, with step sizes of its own."""
+    n = per_class * dataset.classes  # images in a step; init_from_real puts the classes in turns
+    content = [part.detach()[0, : steps * n].unflatten(0, (steps, n)) for part in (decoded.images, decoded.labels)]
+    weights = {name: getattr(decoded, name).detach() for name in decoded.shared}
+    before = du.Decoded(*content, epochs=epochs, **SMOOTHED, **weights)
+    distilled, networks = copy.deepcopy(before), max(1, study.networks // 2)
+    file = study.distill(distilled, dataset, du.LeNet, **options)
+    start = du.best_constant_step_size(before, dataset, du.LeNet, step_sizes=STEP_SIZES)
+    controls = {
+        "constant step size": start,
+        "step sizes learned for it": learn_step_sizes(study, dataset, start, du.LeNet),
+    }
+    found = du.evaluate(distilled, dataset.test, du.LeNet, networks=networks)
+    study.add("learned schedule", found.values, files=[file])
+    for title, control in controls.items():
+        found = du.evaluate(control, dataset.test, du.LeNet, networks=max(1, networks // 2))
+        study.add(f"before distillation, {title}", found.values)
+    return distilled, file
 
 
 def whole_set(study: Study) -> None:
@@ -248,6 +281,7 @@ DISTANCES = {"gradient matching": gradient_distance, "distribution matching": fe
 
 
 TEACHERS = 4  # LeNets
+STEP_SIZES = (0.001, 0.002, 0.003, 0.005, 0.01)  # of Adam, to choose from on validation images
 DECODED_ROWS = (
     "decoded, soft labels", "decoded, true labels",
     "random real images, soft labels", "random real images, true labels",
@@ -258,10 +292,25 @@ GENERAL = {  # step sizes of Adam to choose from, networks tested, images that e
     "GRU over rows": ((1e-3, 3e-3), 3, 64_000), "ConvNeXt-like": ((1e-3, 3e-3), 2, 64_000),
     "ConvNet-3, instance norm": ((1e-3,), 2, 32_000),
 }  # fmt: skip
-DECODED = {  # floats of 100 images, all codes, labels and the decoder counted
-    name: {"floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12], "iterations": 15_000}
-    for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")
-}
+AUTOENCODER = {"steps": 1, "iterations": 15_000}
+EVERY = {"architectures": tuple(GENERAL), "ways": ("plain", "augmented")}
+DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decoder counted
+    "mnist-ipc1-decoded-50steps": {
+        "floats": 7_840, "steps": 1, "per_class": 1, "codes": 12, "channels": [6, 4], "iterations": 6_000,
+        "architectures": ("LeNet",), "ways": ("plain",),
+        "schedule": {
+            "steps": 5, "per_class": 3, "epochs": 10, "iterations": 600, "batch_size": 256, "learning_rate": 0.01,
+        },
+    },
+    **{
+        name: {**AUTOENCODER, **EVERY, "floats": 78_400, "per_class": 10, "codes": 16, "channels": [16, 12]}
+        for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")
+    },
+    "mnist-ipc50-decoded": {
+        **AUTOENCODER, "floats": 392_000, "per_class": 50, "codes": 24, "channels": [32, 16], "iterations": 6_000,
+        "architectures": ("LeNet",), "ways": ("plain",),
+    },
+}  # fmt: skip
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
 SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times
 MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}  # more than one image per class

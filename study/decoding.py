@@ -6,8 +6,8 @@ trained on all real images. `du.distill` improves such a set like any other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ def teach(teacher: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(scores).softmax(-1)
 
 
+def stored_floats(distilled: du.DistilledSet) -> int:
+    """Images, labels and shared tensors, as stored, together."""
+    return sum(getattr(distilled, name).numel() for name in ("images", "labels", *distilled.shared))
+
+
 def count_codes(floats: int, shared: int, codes: int, labels: int) -> int:
     """How many images `floats` pay for, after the decoder's `shared` ones: each has `codes` and `labels` floats."""
     du.require(floats >= shared + codes + labels, f"floats={floats}: the decoder alone has {shared}; give more")
@@ -46,19 +51,18 @@ def fit_decoder(
         teacher: gives the soft labels, an ensemble.
         floats: codes, labels and decoder together.
         codes: floats of an image's code.
-        channels: of the decoder, see `du.Decoded`.
+        channels: between the decoder's layers, two numbers.
         iterations: minibatch updates of the autoencoder by Adam, whose step size falls along a half cosine.
         step_size: the first one.
 
     Returns the set with the teacher's labels, and its control with true labels. A true label is a single float, so
     the control holds more images.
     """
-    images, size = dataset.train.images, list(dataset.train.images.shape[1:])
+    images = dataset.train.images
     du.require_counts(floats=floats, codes=codes, iterations=iterations, batch_size=batch_size)
-    start = torch.zeros(1, 1, codes, 1, 1).to(images), torch.eye(dataset.classes)[None, :1]
     with du.seeded(seed):
-        decoder = du.Decoded(*start, channels=channels, size=size).decoder
-        encoder = make_encoder(math.prod(size), codes).to(images)
+        decoder = make_decoder(codes, channels, images.shape[1:]).to(images)
+        encoder = make_encoder(images[0].numel(), codes).to(images)
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=step_size)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
         for _ in range(iterations):
@@ -68,7 +72,8 @@ def fit_decoder(
             loss.backward()
             optimizer.step()
             cosine.step()
-    shared = sum(weight.numel() for weight in decoder.parameters())
+    weights = dict(zip(du.Decoded.shared, decoder.parameters(), strict=True))
+    shared = sum(weight.numel() for weight in weights.values())
     sets = []
     for soft in (True, False):
         count = count_codes(floats, shared, codes, dataset.classes if soft else 1)
@@ -76,10 +81,16 @@ def fit_decoder(
         with torch.no_grad():
             code = encoder.eval()(chosen[0])
             labels = teach(teacher, decoder(code))[None] if soft else labels
-        decoded = du.Decoded(code[None], labels, channels=channels, size=size, step_size=0.01, momentum=0.9)
-        decoded.decoder.load_state_dict(decoder.state_dict())
-        sets.append(decoded)
+        sets.append(du.Decoded(code[None], labels, step_size=0.01, momentum=0.9, **weights))
     return tuple(sets)
+
+
+def make_decoder(codes: int, channels: Sequence[int], size: Sequence[int]) -> nn.Sequential:
+    """Codes [n, codes, 1, 1] to images [n, *size]; its parameters are those of `du.Decoded`."""
+    (c1, c2), (c, h, w) = channels, size
+    double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
+    first = nn.ConvTranspose2d(codes, c1, (h // 4, w // 4))
+    return nn.Sequential(first, nn.ReLU(), double(c1, c2), nn.ReLU(), double(c2, c))
 
 
 def make_encoder(pixels: int, codes: int) -> nn.Sequential:

@@ -72,7 +72,7 @@ def with_schedule_of(schedule: du.DistilledSet, images: Tensor, labels: Tensor) 
     return type(schedule)(
         images.detach(), labels.detach(), epochs=schedule.epochs, step_size=schedule.step_sizes.detach(),
         optimizer=schedule.optimizer, momentum=schedule.momentum,
-        **{name: getattr(schedule, name) for name in schedule.options},
+        **{name: getattr(schedule, name) for name in (*schedule.options, *schedule.shared)},
     )  # fmt: skip
 
 

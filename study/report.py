@@ -35,6 +35,7 @@ from study.best_sets import (
     protocol,
 )  # fmt: skip
 from study.controls import UNDISTILLED
+from study.decoding import stored_floats
 from study.evaluation import label_robust_score
 from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
 from study.records import RESULTS, Results
@@ -532,12 +533,12 @@ def decoded_card(name: str, path: Path, results: Results) -> str:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     distilled, run = du.DistilledSet.load(path), results.run(name)
-    shared = sum(weight.numel() for weight in distilled.shared().values())
+    floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
     accuracy, augmented = (results.pooled(name, f"LeNet, {DECODED_ROWS[0]}, {way}") for way in ("plain", "augmented"))
     count, shown = distilled.labels[..., 0].numel(), GENERAL["LeNet"][2]
     return DECODED_CARD.format(
-        name=name, dataset=metadata["dataset"], count=f"{count:,}", codes=distilled.images.shape[2], shared=shared,
-        floats=distilled.images.numel() + distilled.labels.numel() + shared, accuracy=accuracy, augmented=augmented,
+        name=name, dataset=metadata["dataset"], count=f"{count:,}", codes=distilled.images.shape[2],
+        shared=floats - own, floats=floats, accuracy=accuracy, augmented=augmented,
         epochs=round(shown / count), teachers=TEACHERS, mean=float(metadata["mean"]), std=float(metadata["std"]),
         minutes=run.distillation_seconds / 60, machine=run.machine, versions=run.versions,
         accuracies=decoded_table(results, name),

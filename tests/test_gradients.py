@@ -90,9 +90,10 @@ def test_gradients_equal_finite_differences(toy, smooth, inner, factor):
         labels, options = distilled.labels.detach().repeat(1, 4, 1), {"epochs": 2, "soft_labels": True, **inner}
         distilled = du.MultiFormation(distilled.images.detach(), labels, factor=2, **options)
     if factor == 0:  # codes and a decoder
-        labels = distilled.labels.detach()
-        options = {"channels": [4, 3], "size": [1, 4, 4], "soft_labels": True, **inner}
-        distilled = du.Decoded(torch.randn(2, labels.shape[1], 5, 1, 1), labels, **options)
+        labels, codes = distilled.labels.detach(), torch.randn(2, distilled.labels.shape[1], 5, 1, 1)
+        sizes = ((5, 4, 1, 1), (4,), (4, 3, 4, 4), (3,), (3, 1, 4, 4), (1,))
+        weights = {name: torch.randn(size) for name, size in zip(du.Decoded.shared, sizes, strict=True)}
+        distilled = du.Decoded(codes, labels, soft_labels=True, **inner, **weights)
     network = smooth()
 
     def loss() -> float:
