@@ -280,7 +280,8 @@ class DistilledSet(nn.Module):
         require(sound, f"momentum={momentum}: give at least 0 and less than 1; 0 with Adam, which has its own moments")
         self.steps, self.epochs, self.updates = len(images), int(epochs), len(images) * int(epochs)
         require(self.updates <= 10**6, f"epochs={epochs}: makes {self.updates:,} updates; give at most a million")
-        require(shared.keys() == set(self.shared), f"{', '.join(shared)}: give only known arguments {self.shared}")
+        takes = ", ".join(self.shared) or "no such argument"
+        require(shared.keys() == set(self.shared), f"{', '.join(shared)}: {type(self).__name__} takes {takes}")
         self.optimizer, self.momentum = optimizer, float(momentum)
         self.iterations = "0"  # of the outer loop, as "7 of 400" where it was interrupted; `Distillation` counts
         for name, tensor in {"images": images, **shared}.items():

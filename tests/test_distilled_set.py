@@ -190,8 +190,14 @@ def test_a_file_without_its_decoder_is_refused(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(du.Decoded, "shared", du.Decoded.shared[1:])
     distilled.save(tmp_path / "toy.safetensors", dataset=toy)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"no whole and sound distilled set .bias0, .*give .* weight0"):
+    with pytest.raises(ValueError, match=r"no whole and sound distilled set .bias0, .*: Decoded takes weight0"):
         du.DistilledSet.load(tmp_path / "toy.safetensors")
+
+
+@pytest.mark.fault("bad calls named")
+def test_a_misspelled_option_is_named(toy):
+    with pytest.raises(ValueError, match="epoch: DistilledSet takes no such argument"):
+        du.DistilledSet(*du.init_from_real(toy, steps=2), epoch=3)
 
 
 @pytest.mark.fault("bad calls named")
