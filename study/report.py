@@ -384,12 +384,14 @@ def headline_table(paper: Results, best: Results) -> str:
         return [control, counted(results, name, row)]
 
     def decoded(name: str) -> list:
-        found = {title: best.pooled(name, f"LeNet, {title}, plain") for title in DECODED_ROWS[2:]}
+        if "schedule" in DECODED[name]:
+            row, found = learned, {title: best.pooled(name, title) for title in DECODED_CONTROLS}
+        else:
+            titles = {title: f"LeNet, {title}, plain" for title in DECODED_ROWS}
+            row = titles.pop(DECODED_ROWS[0])
+            found = {title: best.pooled(name, titles[title]) for title in DECODED_ROWS[2:]}
         title, control = max(found.items(), key=lambda pair: pair[1].mean)
-        return [
-            f"{control} ({title}, n={len(control.values)})",
-            counted(best, name, f"LeNet, {DECODED_ROWS[0]}, plain"),
-        ]
+        return [f"{control} ({title}, n={len(control.values)})", counted(best, name, row)]
 
     learned, scratch, matching = "learned schedule", "from scratch", "93.9 ± 0.6 (gradient matching, augmented)"
     idc = {10: "98.4 (IDC, ConvNet-3, augmented)", 50: "99.1 (IDC, ConvNet-3, augmented)"}
@@ -404,8 +406,13 @@ def headline_table(paper: Results, best: Results) -> str:
         ["100, multi-formation", scratch, idc[10], *beside(best, "mnist-ipc10-mf2-scratch", scratch)],
         ["500, multi-formation", scratch, idc[50], *beside(best, "mnist-ipc50-mf2-scratch", scratch)],
         *(
-            [f"floats of 100 {images}, codes and a decoder", "from scratch, Adam", "", *decoded(name)]
-            for name, images in (("mnist-ipc10-decoded", "images"), ("fashion-ipc10-decoded", "of Fashion-MNIST"))
+            [f"floats of {images}, codes and a decoder", training, "", *decoded(name)]
+            for name, images, training in (
+                ("mnist-ipc1-decoded-50steps", "10", "50 updates of Adam"),
+                ("mnist-ipc10-decoded", "100", f"{scratch}, Adam"),
+                ("mnist-ipc50-decoded", "500", f"{scratch}, Adam"),
+                ("fashion-ipc10-decoded", "100 of Fashion-MNIST", f"{scratch}, Adam"),
+            )
         ),
         ["10 of Fashion-MNIST, multi-formation", "50 updates of Adam", "",
          *beside(best, "fashion-ipc1-mf2-50steps", learned)],
@@ -496,53 +503,87 @@ def card(name: str, path: Path, results: Results) -> str:
 
 DECODED_CARD = """# {name}
 
-{count} images for {dataset} from the floats of 100: codes of {codes} floats, soft labels, and one decoder of {shared:,}
-weights, {floats:,} floats together. Made for training from scratch, with any network and optimizer.
-LeNets that the set has not seen reach {accuracy} on the test images, and {augmented} with augmentation.
+{count} images for {dataset} from the floats of {images}: codes of {codes} floats, soft labels, and one decoder of
+{shared:,} weights, {floats:,} floats together. {made}
+LeNets that the set has not seen reach {accuracies}.
 
 ```python
 import distill_utils as du
-import torch
-
-data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
-images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)
-network = du.LeNet()
-adam = torch.optim.Adam(network.parameters(), lr=1e-3)
-du.train(network, du.Split(images, labels), epochs={epochs}, batch_size=64, optimizer=adam)
+{use}
 print(f"{{du.accuracy(network, data.test):.1f}}%")
 ```
 
 The decoder is that of an autoencoder of all training images. The codes are those of random training images, and the
-labels are what {teachers} LeNets, trained on all real images, make of the decoded ones. No training is differentiated.
+labels are what {teachers} LeNets, trained on all real images, make of the decoded ones. {differentiated}
 Images are normalized as `(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1.
-Made by `python -m study best --only {name}`, seed 0, in {minutes:.0f} minutes: {machine}; {versions}.
-
-## Accuracy
+Made by `python -m study best --only {name}`, seed 0, in {minutes:.0f} minutes{tested}: {machine}; {versions}.
+{schedule}
+## Training from scratch
 
 Test images, mean ± std over networks of one set. Controls hold as many floats of images: random real ones as
 multi-formation with factor 2. Each network and kind of images has its own step size of Adam where the study tries
 several, chosen on validation images. All rows of a network have as many updates.
 *Augmented*: turned, shifted and scaled anew in every update. The lead is over the better control.
 
-{accuracies}
+{table}
 """
+USE_SCHEDULE = """
+data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
+network = du.unroll(du.LeNet(), distilled, differentiable=False)"""
+USE_ADAM = """import torch
+
+data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
+images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)
+network = du.LeNet()
+adam = torch.optim.Adam(network.parameters(), lr=1e-3)
+du.train(network, du.Split(images, labels), epochs={epochs}, batch_size=64, optimizer=adam)"""
 
 
 def decoded_card(name: str, path: Path, results: Results) -> str:
     """What a user of a decoded set wants to know, in Markdown."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    distilled, run = du.DistilledSet.load(path), results.run(name)
+    distilled, run, schedule = du.DistilledSet.load(path), results.run(name), DECODED[name].get("schedule")
     floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
-    accuracy, augmented = (results.pooled(name, f"LeNet, {DECODED_ROWS[0]}, {way}") for way in ("plain", "augmented"))
     count, shown = distilled.labels[..., 0].numel(), GENERAL["LeNet"][2]
+    if schedule:
+        made = f"Made for its learned schedule of {distilled.updates} updates by Adam."
+        accuracies = f"{results.pooled(name, 'learned schedule')} on the test images"
+        use, minutes, tested = USE_SCHEDULE, run.seconds / 60, ", tests included"
+        differentiated = "Then\ncodes, decoder, labels and step sizes are distilled through the training of LeNets."
+    else:
+        made = "Made for training from scratch, with any network and optimizer."
+        row = f"LeNet, {DECODED_ROWS[0]}"
+        accuracies = f"{results.pooled(name, f'{row}, plain')} on the test images"
+        if "augmented" in DECODED[name]["ways"]:
+            accuracies += f", and {results.pooled(name, f'{row}, augmented')} with augmentation"
+        use, minutes, tested = USE_ADAM, run.distillation_seconds / 60, ""
+        differentiated = "No training is differentiated."
     return DECODED_CARD.format(
-        name=name, dataset=metadata["dataset"], count=f"{count:,}", codes=distilled.images.shape[2],
-        shared=floats - own, floats=floats, accuracy=accuracy, augmented=augmented,
-        epochs=round(shown / count), teachers=TEACHERS, mean=float(metadata["mean"]), std=float(metadata["std"]),
-        minutes=run.distillation_seconds / 60, machine=run.machine, versions=run.versions,
-        accuracies=decoded_table(results, name),
+        name=name, dataset=metadata["dataset"], count=f"{count:,}", codes=distilled.images.shape[2], made=made,
+        images=DECODED[name]["floats"] // 784, shared=floats - own, floats=floats, accuracies=accuracies,
+        use=use.format(dataset=metadata["dataset"], name=name, epochs=round(shown / count)), teachers=TEACHERS,
+        differentiated=differentiated, mean=float(metadata["mean"]), std=float(metadata["std"]), minutes=minutes,
+        tested=tested, machine=run.machine, versions=run.versions, table=decoded_table(results, name),
+        schedule=decoded_schedule(results, name) if schedule else "",
     )  # fmt: skip
+
+
+def decoded_schedule(results: Results, name: str) -> str:
+    """The learned schedule of a decoded set, beside the same set before distillation and the best control of the set
+    in multi-formation of as many floats and updates."""
+    rows = [["learned schedule", counted(results, name, "learned schedule")]]
+    rows += [[title, counted(results, name, title)] for title in DECODED_CONTROLS]
+    title, accuracies = strongest_control(results, RIVAL_OF_DECODED)
+    rows.append(
+        [f"undistilled multi-formation of as many floats: {title}", f"{accuracies} (n={len(accuracies.values)})"]
+    )
+    table = markdown_table(["LeNet, 50 updates by Adam", "test accuracy"], rows)
+    return f"\n## Learned schedule\n\n{table}\n"
+
+
+DECODED_CONTROLS = tuple(f"before distillation, {way}" for way in ("constant step size", "step sizes learned for it"))
+RIVAL_OF_DECODED = "mnist-ipc1-mf2-50steps"
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
