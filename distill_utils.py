@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import files, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -431,7 +431,10 @@ class Decoded(DistilledSet):
 
 def load(name: str, *, device: torch.device | str = "cpu") -> DistilledSet:
     """Loads a set of the folder `distilled` by its name; a card beside it says how it was made and how well it does."""
-    paths = {path.stem: path for path in sorted(Path(__file__).with_name("distilled").glob("*.safetensors"))}
+    folder = Path(__file__).with_name("distilled")
+    if not folder.is_dir():  # but where pip has put the sets
+        folder = next(file for file in files("distill-utils") if file.suffix == ".safetensors").locate().parent
+    paths = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
     require(name in paths, f"name={name!r}: give one of {', '.join(paths)}; DistilledSet.load reads other files")
     return DistilledSet.load(paths[name], device=device)
 
