@@ -4,6 +4,7 @@
 # make test-faults      kill runs, damage files and make bad calls, and count what comes of it
 # make study            every experiment that study/results does not hold yet
 # make study-notebooks  run the two notebooks of the study into out/
+# make export           the distilled sets as Parquet files and tensors, for use without this project
 # make benchmark        time the meta-gradient beside other ways to compute it
 # make release          for maintainers: refresh the stored outputs, figures, tables and cards in the repository
 #
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir out
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: notebook lab test test-faults study study-notebooks benchmark release clean
+.PHONY: notebook lab test test-faults study study-notebooks export benchmark release clean
 
 notebook: $(VENV)/installed
 	$(RUN_NOTEBOOK) distill.ipynb
@@ -39,6 +40,9 @@ study: $(VENV)/installed
 study-notebooks: $(VENV)/installed
 	$(RUN_NOTEBOOK) study/paper.ipynb
 	$(RUN_NOTEBOOK) study/beyond.ipynb
+
+export: $(VENV)/installed
+	$(BIN)/python -m study.export out/export
 
 benchmark: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --requirement study/benchmark/requirements.txt
