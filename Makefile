@@ -2,6 +2,7 @@
 # make lab              open the tutorial in JupyterLab
 # make test             lint, then every test
 # make test-faults      kill runs, damage files and make bad calls, and count what comes of it
+# make test-device      test the device named by DEVICE, as DEVICE=cuda, and print what the method costs there
 # make study            every experiment that study/results does not hold yet
 # make study-notebooks  run the two notebooks of the study into out/
 # make export           the distilled sets as Parquet files and tensors, for use without this project
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir out
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: notebook lab test test-faults study study-notebooks export benchmark release clean
+.PHONY: notebook lab test test-faults test-device study study-notebooks export benchmark release clean
 
 notebook: $(VENV)/installed
 	$(RUN_NOTEBOOK) distill.ipynb
@@ -33,6 +34,10 @@ test: $(VENV)/installed
 
 test-faults: $(VENV)/installed
 	KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fault
+
+test-device: $(VENV)/installed
+	$(BIN)/python -m pytest -q tests/test_devices.py
+	$(BIN)/python -m study.benchmark.devices --device $(or $(DEVICE),auto)
 
 study: $(VENV)/installed
 	$(BIN)/python -m study

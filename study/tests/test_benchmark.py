@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import distill_utils as du
-from study.benchmark import benchmark, rivals
+from study.benchmark import benchmark, devices, rivals
 
 
 @pytest.mark.parametrize("rival", [rivals.higher_loop, rivals.functional_loop, rivals.step_products])
@@ -40,3 +40,14 @@ def test_a_section_keeps_its_place(tmp_path):
     text = output.read_text()
     assert "first" not in text
     assert text.index(f"## {titles[0]}\n\nsecond") < text.index(f"## {titles[2]}\n\nthird")
+
+
+def test_the_device_report_measures_what_it_prints(toy):
+    assert devices.gradient_error(torch.device("cpu")) < devices.TOLERANCE
+    assert [row[0] for row in devices.ensembles(torch.device("cpu"), (1, 2))] == [1, 2]
+
+
+def test_the_device_report_refuses_an_accuracy_unlike_the_cards(monkeypatch, toy):
+    monkeypatch.setattr(devices.du, "evaluate", lambda *_, **__: du.Accuracies(torch.tensor([80.0, 81.0])))
+    with pytest.raises(AssertionError, match="mnist-ipc1-mf2-50steps: 80.5 ± 0.7%, but its card has 91.9 ± 1.0%"):
+        devices.accuracies(toy)

@@ -1,0 +1,132 @@
+"""What the device flag does: the method on one device, held to the CPU, and what ensembles cost there.
+
+    python -m study.benchmark.devices --device cuda     prints Markdown; `make test-device DEVICE=cuda` tests first
+
+Raises AssertionError where the gradient in float32 differs from the CPU's by more than a thousandth of its norm, where a
+shipped set gives another accuracy than its card, or where a run does not continue on the other device.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+import distill_utils as du
+from study import running
+from study.benchmark.benchmark import ensemble_gradient, make_problem
+from study.evaluation import train_from_scratch
+from study.report import markdown_table
+
+SCHEDULE, SCRATCH = "mnist-ipc1-mf2-50steps", "mnist-ipc10-decoded"
+TOLERANCE = 1e-3  # of the gradient's norm
+
+
+def card_name(device: torch.device) -> str:
+    """The name of the card or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
+
+
+def gradient_error(device: torch.device) -> float:
+    """How far a meta-gradient in float32 is from the CPU's, relative to its norm."""
+    gradients = []
+    for where in (torch.device("cpu"), device):
+        problem = make_problem(networks=2, device=where)  # the same numbers on each
+        ensemble_gradient(*problem)
+        gradients.append(problem[0].images.grad.cpu())
+    return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+
+
+def continue_elsewhere(dataset: du.Dataset, cpu: du.Dataset) -> str:
+    """Ten iterations on the device with a checkpoint, and ten more of the same run on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {
+            "iterations": 20,
+            "batch_size": 64,
+            "validate_every": 10,
+            "validation_networks": 1,
+            "progress": False,
+        }
+        sets = [
+            du.DistilledSet(*du.init_from_real(cpu, steps=3)).to(each.train.images.device) for each in (dataset, cpu)
+        ]
+        run = running.Run(sets[0], dataset, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
+        for _ in range(10):
+            run.distillation.apply_gradient(run.distillation.compute_gradient())
+        run.validate()
+        history = running.distill(sets[1], cpu, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
+    assert len(history.loss) == 20, "the run did not continue"
+    return f"loss {history.loss[0]:.2f} before, {history.loss[-1]:.2f} after"
+
+
+def accuracies(dataset: du.Dataset) -> list[list]:
+    """Shipped sets on the device beside their cards; asserts that they agree."""
+    device, rows = dataset.test.images.device, []
+    trainings = {
+        SCHEDULE: lambda distilled: du.evaluate(distilled, dataset.test, du.LeNet, networks=16),
+        SCRATCH: lambda distilled: train_from_scratch(
+            distilled, dataset.test, du.LeNet, networks=2, optimizer="Adam", step_size=0.001, batch_size=64, epochs=40
+        ),
+    }
+    for name, train in trainings.items():
+        begin = time.perf_counter()
+        found = train(du.load(name, device=device))
+        card = Path(du.__file__).with_name("distilled").joinpath(f"{name}.md").read_text()
+        mean, std = (float(number) for number in re.search(r"reach (\d+\.\d) ± (\d+\.\d)%", card).groups())
+        assert abs(found.mean - mean) < max(2.0, 3 * std), f"{name}: {found}, but its card has {mean} ± {std}%"
+        rows.append([name, found, f"{mean} ± {std}%", f"{time.perf_counter() - begin:.1f}"])
+    return rows
+
+
+def ensembles(device: torch.device, sizes: tuple[int, ...]) -> list[list]:
+    """Seconds of a meta-gradient and peak memory, for ensembles of several sizes."""
+    rows = []
+    for networks in sizes:
+        distilled, members, real = make_problem(networks=networks, device=device)
+        ensemble_gradient(distilled, members, real)  # warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        begin = time.perf_counter()
+        ensemble_gradient(distilled, members, real)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - begin
+        peak = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}" if device.type == "cuda" else ""
+        rows.append([networks, f"{spent:.2f}", f"{spent / networks:.3f}", peak])
+    return rows
+
+
+def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64), data_root: str = "") -> None:
+    """Checks a device and prints a report.
+
+    Args:
+        device: auto, cpu, cuda or mps.
+        sizes: networks in an ensemble.
+        data_root: where MNIST lies; by default the environment variable DATA_ROOT, or data.
+    """
+    place, root = du.pick_device(device), data_root or os.environ.get("DATA_ROOT", "data")
+    cpu, dataset = (du.load_mnist(root, device=where) for where in ("cpu", place))
+    print(f"# {card_name(place)}\n\nPython {platform.python_version()}, torch {torch.__version__}\n")
+    for tf32 in (False, True) if place.type == "cuda" else (False,):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        error = gradient_error(place)
+        assert tf32 or error < TOLERANCE, f"the meta-gradient differs from the CPU's by {error:.1e} of its norm"
+        print(f"- Meta-gradient, TF32 {'on' if tf32 else 'off'}: {error:.1e} of its norm from the CPU's")
+        table = markdown_table(["networks", "seconds", "seconds for each", "peak MiB"], ensembles(place, sizes))
+        print(f"\n{table}\n")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    print(f"- A run continued on the CPU: {continue_elsewhere(dataset, cpu)}\n")
+    print(markdown_table(["set", "here", "its card", "seconds"], accuracies(dataset)))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
