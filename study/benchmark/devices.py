@@ -2,7 +2,7 @@
 
     python -m study.benchmark.devices --device cuda     prints Markdown; `make test-device DEVICE=cuda` tests first
 
-Raises AssertionError where the gradient in float32 differs from the CPU's by more than a thousandth of its norm, where a
+Raises AssertionError where the gradient in float32 differs from the CPU's by over a thousandth of its norm, where a
 shipped set gives another accuracy than its card, or where a run does not continue on the other device.
 """
 

@@ -49,5 +49,5 @@ def test_the_device_report_measures_what_it_prints(toy):
 
 def test_the_device_report_refuses_an_accuracy_unlike_the_cards(monkeypatch, toy):
     monkeypatch.setattr(devices.du, "evaluate", lambda *_, **__: du.Accuracies(torch.tensor([80.0, 81.0])))
-    with pytest.raises(AssertionError, match="mnist-ipc1-mf2-50steps: 80.5 ± 0.7%, but its card has 91.9 ± 1.0%"):
+    with pytest.raises(AssertionError, match=r"mnist-ipc1-mf2-50steps: 80\.5 ± 0\.7%, but its card has 91\.9 ± 1\.0%"):
         devices.accuracies(toy)
