@@ -299,6 +299,10 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
         name: {**AUTOENCODER, **EVERY, "floats": 78_400, "per_class": 10, "codes": 16, "channels": [16, 12]}
         for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")
     },
+    "mnist-ipc50-decoded": {
+        **AUTOENCODER, "floats": 392_000, "per_class": 50, "codes": 24, "channels": [32, 16], "iterations": 6_000,
+        "architectures": ("LeNet",), "ways": ("plain",),
+    },
 }  # fmt: skip
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
 SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times

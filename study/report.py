@@ -408,7 +408,6 @@ def headline_table(paper: Results, best: Results) -> str:
         *(
             [f"floats of {images}, codes and a decoder", training, "", *decoded(name)]
             for name, images, training in (
-                ("mnist-ipc1-decoded-50steps", "10", "50 updates of Adam"),
                 ("mnist-ipc10-decoded", "100", f"{scratch}, Adam"),
                 ("mnist-ipc50-decoded", "500", f"{scratch}, Adam"),
                 ("fashion-ipc10-decoded", "100 of Fashion-MNIST", f"{scratch}, Adam"),
@@ -552,7 +551,9 @@ def decoded_card(name: str, path: Path, results: Results) -> str:
         use, minutes, tested = USE_SCHEDULE, run.seconds / 60, ", tests included"
         differentiated = "Then\ncodes, decoder, labels and step sizes are distilled through the training of LeNets."
     else:
-        made = "Made for training from scratch, with any network and optimizer."
+        several = len(DECODED[name]["architectures"]) > 1
+        made = "Made for training from scratch"
+        made += ", with any network and optimizer." if several else "; tested on LeNets alone."
         row = f"LeNet, {DECODED_ROWS[0]}"
         accuracies = f"{results.pooled(name, f'{row}, plain')} on the test images"
         if "augmented" in DECODED[name]["ways"]:

@@ -14,7 +14,7 @@ import distill_utils as du
 
 FOLDER = Path(du.__file__).with_name("distilled")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
-READ, ADAM, SEEN = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+READ, ADAM, SEEN, *_ = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
 
 
 def read_as_documented(name: str) -> dict:
