@@ -20,7 +20,7 @@ def test_the_experiments_add_what_the_report_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(du, "best_constant_step_size", lambda distilled, *_, **__: distilled)
     monkeypatch.setattr(best_sets, "match", lambda *_, **__: None)  # which have tests of their own
     monkeypatch.setattr(best_sets, "NetworkPool", lambda _, **options: NetworkPool(1, **options))
-    limits = {"floats": 48_000, "epochs": 2, "window": 2, "per_class": 4, "batch_size": 64}
+    limits = {"floats": 20_000, "channels": [8, 4], "epochs": 2, "window": 2, "per_class": 4, "batch_size": 64}
     recipes = {
         best_sets.best_set: best_sets.RECIPES,
         best_sets.decoded_set: best_sets.DECODED,
