@@ -295,6 +295,13 @@ GENERAL = {  # step sizes of Adam to choose from, networks tested, images that e
 AUTOENCODER = {"steps": 1, "iterations": 15_000}
 EVERY = {"architectures": tuple(GENERAL), "ways": ("plain", "augmented")}
 DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decoder counted
+    "mnist-ipc1-decoded-50steps": {
+        "floats": 7_840, "steps": 1, "per_class": 1, "codes": 12, "channels": [6, 4], "iterations": 6_000,
+        "architectures": ("LeNet",), "ways": ("plain",),
+        "schedule": {
+            "steps": 5, "per_class": 3, "epochs": 10, "iterations": 600, "batch_size": 256, "learning_rate": 0.01,
+        },
+    },
     **{
         name: {**AUTOENCODER, **EVERY, "floats": 78_400, "per_class": 10, "codes": 16, "channels": [16, 12]}
         for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")

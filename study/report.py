@@ -408,6 +408,7 @@ def headline_table(paper: Results, best: Results) -> str:
         *(
             [f"floats of {images}, codes and a decoder", training, "", *decoded(name)]
             for name, images, training in (
+                ("mnist-ipc1-decoded-50steps", "10", "50 updates of Adam"),
                 ("mnist-ipc10-decoded", "100", f"{scratch}, Adam"),
                 ("mnist-ipc50-decoded", "500", f"{scratch}, Adam"),
                 ("fashion-ipc10-decoded", "100 of Fashion-MNIST", f"{scratch}, Adam"),

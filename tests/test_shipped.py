@@ -22,6 +22,7 @@ SCRATCH = {  # epochs of a shortened training, and an accuracy some five points 
     "mnist-ipc10-scratch": (60, 82.0), "mnist-ipc10-mf2-scratch": (20, 86.0), "mnist-ipc50-mf2-scratch": (6, 89.0),
 }  # fmt: skip
 DECODED = {  # floors: a LeNet, an MLP
+    "mnist-ipc1-decoded-50steps": (80.0, 65.0),
     "mnist-ipc10-decoded": (88.0, 82.0), "mnist-ipc50-decoded": (90.0, 85.0),
     "fashion-ipc10-decoded": (72.0, 72.0),
 }  # fmt: skip
@@ -81,7 +82,7 @@ def test_a_set_holds_what_its_name_says(name):
         assert distilled.updates == int(steps.group(1))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [*SCHEDULES, "mnist-ipc1-decoded-50steps"])
 def test_a_set_with_a_schedule_trains_as_its_card_says(name, load_test):
     """Three networks come within three points of the card's mean."""
     stated = float(re.search(r"(\d+\.\d) ± ", (FOLDER / f"{name}.md").read_text()).group(1))
