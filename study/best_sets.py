@@ -292,7 +292,6 @@ GENERAL = {  # step sizes of Adam to choose from, networks tested, images that e
     "GRU over rows": ((1e-3, 3e-3), 3, 64_000), "ConvNeXt-like": ((1e-3, 3e-3), 2, 64_000),
     "ConvNet-3, instance norm": ((1e-3,), 2, 32_000),
 }  # fmt: skip
-AUTOENCODER = {"steps": 1, "iterations": 15_000}
 EVERY = {"architectures": tuple(GENERAL), "ways": ("plain", "augmented")}
 DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decoder counted
     "mnist-ipc1-decoded-50steps": {
@@ -303,11 +302,14 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
         },
     },
     **{
-        name: {**AUTOENCODER, **EVERY, "floats": 78_400, "per_class": 10, "codes": 16, "channels": [16, 12]}
+        name: {
+            **EVERY, "floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12],
+            "iterations": 15_000,
+        }
         for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")
     },
     "mnist-ipc50-decoded": {
-        **AUTOENCODER, "floats": 392_000, "per_class": 50, "codes": 24, "channels": [32, 16], "iterations": 6_000,
+        "floats": 392_000, "steps": 1, "per_class": 50, "codes": 24, "channels": [32, 16], "iterations": 6_000,
         "architectures": ("LeNet",), "ways": ("plain",),
     },
 }  # fmt: skip

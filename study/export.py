@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+import safetensors
 import torch
 import tyro
 from PIL import Image
@@ -76,12 +77,12 @@ def export(folder: Path, names: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         distilled, path = du.load(name), DISTILLED / f"{name}.safetensors"
-        with du.safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             mean, std = (float(file.metadata()[key]) for key in ("mean", "std"))
         as_table(distilled, mean=mean, std=std).to_parquet(folder / f"{name}.parquet")
+        (folder / name).mkdir(exist_ok=True)
         tensors = {"images": distilled.decode().flatten(0, 1), "labels": distilled.labels.flatten(0, 1)}
         for kind, tensor in {**tensors, "lr": distilled.step_sizes}.items():
-            (folder / name).mkdir(exist_ok=True)
             torch.save(tensor.detach().clone(), folder / name / f"{kind}.pt")
         for each in (path, path.with_suffix(".md")):
             shutil.copy(each, folder)

@@ -387,9 +387,8 @@ def headline_table(paper: Results, best: Results) -> str:
         if "schedule" in DECODED[name]:
             row, found = learned, {title: best.pooled(name, title) for title in DECODED_CONTROLS}
         else:
-            titles = {title: f"LeNet, {title}, plain" for title in DECODED_ROWS}
-            row = titles.pop(DECODED_ROWS[0])
-            found = {title: best.pooled(name, titles[title]) for title in DECODED_ROWS[2:]}
+            row = f"LeNet, {DECODED_ROWS[0]}, plain"
+            found = {title: best.pooled(name, f"LeNet, {title}, plain") for title in DECODED_ROWS[2:]}
         title, control = max(found.items(), key=lambda pair: pair[1].mean)
         return [f"{control} ({title}, n={len(control.values)})", counted(best, name, row)]
 

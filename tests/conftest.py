@@ -65,6 +65,12 @@ def mnist_root() -> str:
     return str(Path(root).resolve())
 
 
+def decoder_weights() -> dict[str, Tensor]:
+    """Random weights of a `du.Decoded` that turns codes of 5 floats into images [1, 4, 4]."""
+    sizes = ((5, 4, 1, 1), (4,), (4, 3, 4, 4), (3,), (3, 1, 4, 4), (1,))
+    return {name: 0.3 * torch.randn(size) for name, size in zip(du.Decoded.shared, sizes, strict=True)}
+
+
 # ----------------------------------------------------------------------------------------- faults
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import distill_utils as du
+from tests.conftest import decoder_weights
 
 
 def make_set(toy, *, factor=1, **options) -> du.DistilledSet:
@@ -161,9 +162,7 @@ def test_a_factor_of_one_changes_nothing(toy):
 def make_decoded(toy) -> du.DistilledSet:
     with du.seeded(0):
         codes, labels = torch.randn(2, 3, 5, 1, 1).to(toy.train.images), torch.eye(3).repeat(2, 1, 1)
-        sizes = ((5, 4, 1, 1), (4,), (4, 3, 4, 4), (3,), (3, 1, 4, 4), (1,))
-        weights = {name: 0.3 * torch.randn(size) for name, size in zip(du.Decoded.shared, sizes, strict=True)}
-        return du.Decoded(codes, labels, epochs=2, **weights)
+        return du.Decoded(codes, labels, epochs=2, **decoder_weights())
 
 
 def test_a_decoder_turns_codes_into_images_and_comes_back_from_its_file(toy, tmp_path):

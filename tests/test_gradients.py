@@ -7,6 +7,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import distill_utils as du
+from tests.conftest import decoder_weights
 
 SGD, MOMENTUM, ADAM = {"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "Adam"}  # inner loops
 
@@ -91,9 +92,7 @@ def test_gradients_equal_finite_differences(toy, smooth, inner, factor):
         distilled = du.MultiFormation(distilled.images.detach(), labels, factor=2, **options)
     if factor == 0:  # codes and a decoder
         labels, codes = distilled.labels.detach(), torch.randn(2, distilled.labels.shape[1], 5, 1, 1)
-        sizes = ((5, 4, 1, 1), (4,), (4, 3, 4, 4), (3,), (3, 1, 4, 4), (1,))
-        weights = {name: torch.randn(size) for name, size in zip(du.Decoded.shared, sizes, strict=True)}
-        distilled = du.Decoded(codes, labels, soft_labels=True, **inner, **weights)
+        distilled = du.Decoded(codes, labels, soft_labels=True, **inner, **decoder_weights())
     network = smooth()
 
     def loss() -> float:
