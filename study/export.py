@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-import safetensors
 import torch
 import tyro
 from PIL import Image
 from torch import Tensor
 
 import distill_utils as du
+from study.records import read_metadata
 
 DISTILLED = Path(du.__file__).with_name("distilled")
 HEADER = """---
@@ -77,8 +77,7 @@ def export(folder: Path, names: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         distilled, path = du.load(name), DISTILLED / f"{name}.safetensors"
-        with safetensors.safe_open(path, framework="pt") as file:
-            mean, std = (float(file.metadata()[key]) for key in ("mean", "std"))
+        mean, std = (float(read_metadata(path)[key]) for key in ("mean", "std"))
         as_table(distilled, mean=mean, std=std).to_parquet(folder / f"{name}.parquet")
         (folder / name).mkdir(exist_ok=True)
         tensors = {"images": distilled.decode().flatten(0, 1), "labels": distilled.labels.flatten(0, 1)}

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import safetensors
 import torch
 from filelock import FileLock  # comes with torch
 
@@ -71,6 +72,12 @@ class Results:
         du.require(len(lines) > 0, f"results={self.folder}: no set behind '{row}' of '{experiment}'; {remedy}")
         path = self.folder / lines.file.iloc[0]
         return du.DistilledSet.load(path, device=device) if path.exists() else du.load(path.stem, device=device)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a distilled set's file says beside its tensors."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()
 
 
 def add_lines(folder: Path, lock: Path, experiment: str, lines: dict[str, list[dict]]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import safetensors
 import torch
 import torchvision
 from matplotlib.figure import Figure
@@ -38,7 +37,7 @@ from study.controls import UNDISTILLED
 from study.decoding import stored_floats
 from study.evaluation import label_robust_score
 from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
-from study.records import RESULTS, Results
+from study.records import RESULTS, Results, read_metadata
 
 
 def draw_images(panels: dict[str, Tensor], *, columns: int = 10) -> Figure:
@@ -462,8 +461,7 @@ Made for this LeNet; other architectures may do much worse (`study/results/best/
 
 def card(name: str, path: Path, results: Results) -> str:
     """What a user of the shipped set in the file `path` wants to know, in Markdown."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    metadata = read_metadata(path)
     mean, std = float(metadata["mean"]), float(metadata["std"])
     distilled, recipe, run, main = du.DistilledSet.load(path), RECIPES[name], results.run(name), protocol(name)
     low, high = (float(each) * std + mean for each in distilled.images.detach().aminmax())
@@ -540,8 +538,7 @@ du.train(network, du.Split(images, labels), epochs={epochs}, batch_size=64, opti
 
 def decoded_card(name: str, path: Path, results: Results) -> str:
     """What a user of a decoded set wants to know, in Markdown."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    metadata = read_metadata(path)
     distilled, run, schedule = du.DistilledSet.load(path), results.run(name), DECODED[name].get("schedule")
     floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
     count, shown = distilled.labels[..., 0].numel(), GENERAL["LeNet"][2]
