@@ -137,20 +137,23 @@ with running.locked("checkpoint", sys.argv[1]):
 """
 
 
-@pytest.mark.fault("bad calls named")
-def test_a_second_run_with_the_same_checkpoint_is_refused_until_the_first_is_gone(tmp_path):
-    path = tmp_path / "run.pt"
-    line = [sys.executable, "-c", HOLD, str(path)]
-    other = subprocess.Popen(line, stdout=subprocess.PIPE, cwd=Path(du.__file__).parent)
-    try:
+@pytest.fixture
+def holder(tmp_path):
+    """Another process, which holds the checkpoint."""
+    line = [sys.executable, "-c", HOLD, str(tmp_path / "run.pt")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, cwd=Path(du.__file__).parent) as other:
         assert other.stdout.readline() == b"held\n"
-        begin = time.perf_counter()
-        with pytest.raises(ValueError, match=rf"checkpoint='{path}': process {other.pid} on .* writes it; wait until"):
-            work(tmp_path)
-        assert time.perf_counter() - begin < 5
-    finally:
+        yield other
         other.kill()
-        other.wait()
+
+
+@pytest.mark.fault("bad calls named")
+def test_a_second_run_with_the_same_checkpoint_is_refused_until_the_first_is_gone(tmp_path, holder):
+    path = tmp_path / "run.pt"
+    with pytest.raises(ValueError, match=rf"checkpoint='{path}': process {holder.pid} on .* writes it; wait until"):
+        work(tmp_path)
+    holder.kill()
+    holder.wait()
     (tmp_path / "run.pt.4711.partial").touch()
     work(tmp_path, iterations=1)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run.pt", "set.safetensors"]
