@@ -55,13 +55,14 @@ class WideLeNet(nn.Sequential):
 
 
 class ConvNet(nn.Sequential):
-    """ConvNet-3 at a quarter of its width: blocks of convolution, normalization, ReLU and average pooling."""
+    """ConvNet-3, by default at a quarter of its width of 128: three blocks of convolution, normalization, ReLU and
+    average pooling, for images [n, channels, size, size]."""
 
-    def __init__(self, *, width: int = 32, norm: str = "instance") -> None:
+    def __init__(self, *, width: int = 32, norm: str = "instance", channels: int = 1, size: int = 28) -> None:
         blocks = []
-        for channels in (1, width, width):
-            blocks += [nn.Conv2d(channels, width, 3, padding=1), make_norm(norm, width), nn.ReLU(), nn.AvgPool2d(2)]
-        super().__init__(*blocks, nn.Flatten(), nn.Linear(9 * width, 10))
+        for inputs in (channels, width, width):
+            blocks += [nn.Conv2d(inputs, width, 3, padding=1), make_norm(norm, width), nn.ReLU(), nn.AvgPool2d(2)]
+        super().__init__(*blocks, nn.Flatten(), nn.Linear((size // 8) ** 2 * width, 10))
 
 
 class AlexNet(nn.Sequential):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import higher
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -79,6 +80,35 @@ def step_products(distilled: du.DistilledSet, networks: list[nn.Module], real: d
             adjoint = adjoint + through_weights
             learned += [images, step_size]
             gradients += rest
+        torch.autograd.backward(learned, gradients)
+
+
+def forward_over_reverse(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
+    """MixFlow-MG (Kemaev et al. 2025): as `step_products`, but each product is a derivative, in the direction of the
+    adjoint, of the step's gradient. Only the weights before each step are stored, and no graph."""
+    distilled.zero_grad()
+    for network in networks:
+        forward = flat_forward(network)
+
+        weights = nn.utils.parameters_to_vector(network.parameters()).detach()
+        schedule, taken = list(distilled.schedule()), []
+        for images, labels, step_size in schedule:
+            loss = F.cross_entropy(forward(weights.requires_grad_(), images.detach()), labels)
+            (slope,) = torch.autograd.grad(loss, weights)
+            taken.append((weights, slope))
+            weights = (weights - step_size * slope).detach()
+
+        loss = F.cross_entropy(forward(weights.requires_grad_(), real.images), real.labels) / len(networks)
+        (adjoint,) = torch.autograd.grad(loss, weights)
+        learned, gradients = [], []
+        for (images, labels, step_size), (weights, slope) in zip(reversed(schedule), reversed(taken), strict=True):
+            with forward_ad.dual_level():
+                inputs = forward_ad.make_dual(weights, adjoint), images
+                found = torch.autograd.grad(F.cross_entropy(forward(*inputs), labels), inputs)
+                through_weights, through_images = (forward_ad.unpack_dual(each).tangent for each in found)
+            learned += [images, step_size]
+            gradients += [-step_size.detach() * through_images, -adjoint @ slope]
+            adjoint = adjoint - step_size.detach() * through_weights
         torch.autograd.backward(learned, gradients)
 
 

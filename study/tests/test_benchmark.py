@@ -7,9 +7,12 @@ import torch
 
 import distill_utils as du
 from study.benchmark import benchmark, devices, rivals
+from study.truncation import Checkpointed
 
 
-@pytest.mark.parametrize("rival", [rivals.higher_loop, rivals.functional_loop, rivals.step_products])
+@pytest.mark.parametrize(
+    "rival", [rivals.higher_loop, rivals.functional_loop, rivals.step_products, rivals.forward_over_reverse]
+)
 def test_rivals_have_the_same_gradient(toy, smooth, rival):
     torch.set_default_dtype(torch.float64)
     images, labels = du.init_from_noise(toy, steps=2)
@@ -34,12 +37,48 @@ def test_a_processor_without_a_name_is_named_by_its_architecture(monkeypatch):
 
 def test_a_section_keeps_its_place(tmp_path):
     output = tmp_path / "new" / "benchmark.md"
-    titles = [title for title, _ in benchmark.SECTIONS.values()]
+    titles = list(benchmark.TITLES.values())
     for title, text in ((titles[2], "first"), (titles[0], "second"), (titles[2], "third")):
         benchmark.write(output, title, text)
     text = output.read_text()
     assert "first" not in text
     assert text.index(f"## {titles[0]}\n\nsecond") < text.index(f"## {titles[2]}\n\nthird")
+
+
+def test_a_wrong_gradient_voids_the_comparison():
+    def wrong(distilled, networks, real):
+        benchmark.ensemble_gradient(distilled, networks, real)
+        for learned in distilled.parameters():
+            learned.grad *= 1.001
+
+    benchmark.check_gradient(rivals.step_products)
+    with pytest.raises(ValueError, match=r"wrong: its gradient is off by 1\.0e-03 of the norm"):
+        benchmark.check_gradient(wrong)
+
+
+def test_a_job_is_timed(tmp_path):
+    benchmark.work_in_a_job(0, 1, 2, str(tmp_path))
+    unroll, average = torch.load(tmp_path / "seconds")
+    assert unroll > average >= 0
+
+
+@pytest.mark.parametrize("unroll", [du.unroll, Checkpointed(5)])
+def test_a_problem_of_cifars_size_runs_by_the_same_functions(unroll):
+    times, _ = benchmark.time_larger(unroll, width=2, epochs=1)
+    assert len(times) == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "way"), [("noise", benchmark.ORIGINAL), ("real images", "Adam, soft labels, multi-formation")]
+)
+def test_the_time_to_an_accuracy_is_that_of_whole_iterations(monkeypatch, mnist_root, start, way):
+    for name, value in {"EVERY": 1, "NETWORKS": 2, "TARGETS": (1, 101)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    clock = iter(range(100))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))  # each look at it takes a second
+    row = benchmark.time_to_targets(start, way, 3.5, mnist_root)
+    assert row[:6] == [start, way, "2", "-", 3, "4"]
+    assert len(row[6].values) == 2
 
 
 def test_the_device_report_measures_what_it_prints(toy):
