@@ -62,7 +62,7 @@ def test_the_readme_has_a_config_for_each_set(folder):
     assert text.strip() == (DISTILLED / "README.md").read_text().strip()
 
 
-@pytest.mark.parametrize("library", ["PyTorch", "scikit-learn"])
+@pytest.mark.parametrize("library", ["PyTorch", "scikit-learn", "JAX"])
 def test_the_documented_program_reaches_its_cards_accuracy(folder, library, mnist_root):
     """It runs outside the repository, where this project cannot be imported."""
     text = (DISTILLED / "README.md").read_text()
@@ -73,7 +73,7 @@ def test_the_documented_program_reaches_its_cards_accuracy(folder, library, mnis
     run = subprocess.run([sys.executable, "-I", "-c", program], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     card = (DISTILLED / "mnist-ipc10-decoded.md").read_text()
-    labels = {"PyTorch": "", "scikit-learn": r"[^|]* \| "}[library]  # soft ones, then true ones
+    labels = {"PyTorch": "", "JAX": "", "scikit-learn": r"[^|]* \| "}[library]  # soft ones, then true ones
     row = rf"\| MLP \| plain \| {labels}(\d+\.\d)"
     stated = float(re.search(row, card)[1])
     assert float(run.stdout.strip().rstrip("%")) > stated - 1.5
