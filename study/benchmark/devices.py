@@ -15,12 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import nbformat
 import torch
 import tyro
+from nbclient import NotebookClient
 
 import distill_utils as du
 from study import running
-from study.benchmark.benchmark import ensemble_gradient, make_problem
+from study.benchmark.benchmark import ensemble_gradient, make_problem, peak_memory, seconds
 from study.evaluation import train_from_scratch
 from study.report import markdown_table
 
@@ -87,30 +89,39 @@ def accuracies(dataset: du.Dataset) -> list[list]:
 
 
 def ensembles(device: torch.device, sizes: tuple[int, ...]) -> list[list]:
-    """Seconds of a meta-gradient and peak memory, for ensembles of several sizes."""
-    rows = []
+    """Seconds of a meta-gradient and peak memory, for ensembles of several sizes, the smallest first."""
+    readers, rows = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}, []
     for networks in sizes:
-        distilled, members, real = make_problem(networks=networks, device=device)
-        ensemble_gradient(distilled, members, real)  # warms up
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        begin = time.perf_counter()
-        ensemble_gradient(distilled, members, real)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        spent = time.perf_counter() - begin
-        peak = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}" if device.type == "cuda" else ""
-        rows.append([networks, f"{spent:.2f}", f"{spent / networks:.3f}", peak])
+        problem = make_problem(networks=networks, device=device)
+        spent = [seconds(synchronized, device, *problem) for _ in range(2)][1]  # the first one warms up
+        peak = readers[device.type]() / 2**20 if device.type in readers else peak_memory()
+        rows.append([networks, f"{spent:.2f}", f"{spent / networks:.3f}", f"{peak:.0f}"])
     return rows
 
 
-def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64), data_root: str = "") -> None:
+def synchronized(device: torch.device, *problem: object) -> None:
+    """A meta-gradient, to the end of what it starts on a GPU."""
+    ensemble_gradient(*problem)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_tutorial(device: torch.device, data_root: str) -> None:
+    """Runs `distill.ipynb` from top to bottom; what it writes is deleted."""
+    path = Path(du.__file__).with_name("distill.ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    with tempfile.TemporaryDirectory() as folder:
+        parameters.source += f"\nDEVICE, DATA_ROOT, OUT = {device.type!r}, {data_root!r}, {folder!r}"
+        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": path.parent}}).execute()
+
+
+def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64, 256), data_root: str = "") -> None:
     """Checks a device and prints a report.
 
     Args:
         device: auto, cpu, cuda or mps.
-        sizes: networks in an ensemble.
+        sizes: networks in an ensemble, in ascending order.
         data_root: where MNIST lies; by default the environment variable DATA_ROOT, or data.
     """
     place, root = du.pick_device(device), data_root or os.environ.get("DATA_ROOT", "data")
@@ -126,6 +137,7 @@ def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64), data_root: 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"- A run continued on the CPU: {continue_elsewhere(dataset, cpu)}\n")
     print(markdown_table(["set", "here", "its card", "seconds"], accuracies(dataset)))
+    print(f"\n- The tutorial: {seconds(run_tutorial, place, str(Path(root).resolve())):.0f} seconds")
 
 
 if __name__ == "__main__":
