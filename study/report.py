@@ -153,8 +153,20 @@ CONTROLLED = {  # experiments with controls of their schedules, and the rows of 
 }  # fmt: skip
 
 
+def main_row(name: str) -> str:
+    """The row of the accuracy that an experiment is made for."""
+    if name in CONTROLLED:
+        return CONTROLLED[name]
+    return f"LeNet, {DECODED_ROWS[0]}, plain" if name in DECODED and "schedule" not in DECODED[name] else protocol(name)
+
+
 def control_accuracies(results: Results, name: str) -> dict[str, du.Accuracies]:
     """What undistilled images reach under the protocol that a set is made for, by images, labels and schedule."""
+    if name in DECODED:
+        kind = "before distillation" if "schedule" in DECODED[name] else "LeNet, random real images"
+        rows = results.find(name).row.drop_duplicates()
+        rows = rows[rows.str.startswith(kind) & ~rows.str.endswith("augmented")]
+        return {row.removeprefix("LeNet, ").removesuffix(", plain"): results.pooled(name, row) for row in rows}
     scratch = name.endswith("-scratch")
     experiment, kind = (name, "control: ") if scratch else (f"controls-{name}", "")
     rows = results.find(experiment).row.str.replace("(?<=constant step size).*", "", regex=True).unique()
@@ -380,34 +392,26 @@ def reported_table(results: Results) -> str:
 def headline_table(paper: Results, best: Results) -> str:
     """The main accuracies beside published ones and the strongest undistilled images that are used in the same way."""
 
-    def beside(results: Results, name: str, row: str) -> list:
+    def beside(results: Results, name: str) -> list:
         title, accuracies = strongest_control(results, name)
-        control = f"{accuracies} ({title.partition(',')[0]}, n={len(accuracies.values)})" if title else ""
-        return [control, counted(results, name, row)]
+        title = title if name in DECODED else title.partition(",")[0]
+        control = f"{accuracies} ({title}, n={len(accuracies.values)})" if title else ""
+        return [control, counted(results, name, main_row(name))]
 
-    def decoded(name: str) -> list:
-        if "schedule" in DECODED[name]:
-            row, found = learned, {title: best.pooled(name, title) for title in DECODED_CONTROLS}
-        else:
-            row = f"LeNet, {DECODED_ROWS[0]}, plain"
-            found = {title: best.pooled(name, f"LeNet, {title}, plain") for title in DECODED_ROWS[2:]}
-        title, control = max(found.items(), key=lambda pair: pair[1].mean)
-        return [f"{control} ({title}, n={len(control.values)})", counted(best, name, row)]
-
-    learned, scratch, matching = "learned schedule", "from scratch", "93.9 ± 0.6 (gradient matching, augmented)"
+    scratch, matching = "from scratch", "93.9 ± 0.6 (gradient matching, augmented)"
     idc = {10: "98.4 (IDC, ConvNet-3, augmented)", 50: "99.1 (IDC, ConvNet-3, augmented)"}
     rows = [
-        ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *beside(paper, "fixed-10", "fixed")],
-        ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside(paper, "random-noise", "unseen")],
-        ["10, multi-formation", "50 updates of Adam", "", *beside(best, "mnist-ipc1-mf2-50steps", learned)],
-        ["100", "30 updates of Adam", "82.7 ± 2.8 (soft labels)", *beside(best, "mnist-ipc10-30steps", learned)],
-        ["100, multi-formation", "30 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-30steps", learned)],
-        ["100, multi-formation", "100 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-100steps", learned)],
-        ["100", scratch, matching, *beside(best, "mnist-ipc10-scratch", scratch)],
-        ["100, multi-formation", scratch, idc[10], *beside(best, "mnist-ipc10-mf2-scratch", scratch)],
-        ["500, multi-formation", scratch, idc[50], *beside(best, "mnist-ipc50-mf2-scratch", scratch)],
+        ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *beside(paper, "fixed-10")],
+        ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside(paper, "random-noise")],
+        ["10, multi-formation", "50 updates of Adam", "", *beside(best, "mnist-ipc1-mf2-50steps")],
+        ["100", "30 updates of Adam", "82.7 ± 2.8 (soft labels)", *beside(best, "mnist-ipc10-30steps")],
+        ["100, multi-formation", "30 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-30steps")],
+        ["100, multi-formation", "100 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-100steps")],
+        ["100", scratch, matching, *beside(best, "mnist-ipc10-scratch")],
+        ["100, multi-formation", scratch, idc[10], *beside(best, "mnist-ipc10-mf2-scratch")],
+        ["500, multi-formation", scratch, idc[50], *beside(best, "mnist-ipc50-mf2-scratch")],
         *(
-            [f"floats of {images}, codes and a decoder", training, "", *decoded(name)]
+            [f"floats of {images}, codes and a decoder", training, "", *beside(best, name)]
             for name, images, training in (
                 ("mnist-ipc1-decoded-50steps", "10", "50 updates of Adam"),
                 ("mnist-ipc10-decoded", "100", f"{scratch}, Adam"),
@@ -416,7 +420,7 @@ def headline_table(paper: Results, best: Results) -> str:
             )
         ),
         ["10 of Fashion-MNIST, multi-formation", "50 updates of Adam", "",
-         *beside(best, "fashion-ipc1-mf2-50steps", learned)],
+         *beside(best, "fashion-ipc1-mf2-50steps")],
     ]  # fmt: skip
     return markdown_table(["stored images", "training", "reported (%)", "best control", "here"], rows)
 
@@ -434,157 +438,156 @@ MARKERS = "<!-- results -->", "<!-- end of results -->"
 
 # --------------------------------------------------------------------------------------------------------------- cards
 SCRATCH = "SGD at 0.01 with momentum 0.9, shuffled batches of up to 256, 300 epochs, without the stored step sizes"
+PIXELS = "images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)\n"
 USES = {
     "learned schedule": "network = du.unroll(du.LeNet(), distilled, differentiable=False)",
-    "from scratch": "images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)\n"
+    "from scratch": f"{PIXELS}"
     "network = du.train(du.LeNet(), du.Split(images, labels), epochs=300, batch_size=256, step_size=0.01)",
+    "decoded": f"{PIXELS}network = du.LeNet()\nadam = torch.optim.Adam(network.parameters(), lr=1e-3)\n"
+    "du.train(network, du.Split(images, labels), epochs={epochs}, batch_size=64, optimizer=adam)",
 }
 CARD = """# {name}
 
-{stored} stored images for {dataset} with soft labels, distilled for LeNets of random initialization. {formation}
-LeNets that the distillation has not seen reach {accuracy} on the test images {words}.
+{description}
+LeNets that the set has not seen reach **{main}** (n={networks}) on the test images. The best control reaches
+{control} ({title}, n={control_networks}).
+
+{facts}
 
 ```python
-import distill_utils as du
+{imports}
 
 data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
 {use}
 print(f"{{du.accuracy(network, data.test):.1f}}%")
 ```
 
-{facts}
-
-Accuracy on the 10,000 test images, mean ± std over networks (seed 10000) that the set has not seen. One distillation.
-
 {accuracies}
-
-Made for this LeNet; other architectures may do much worse (`study/results/best/summary.md`).
 """
+ONE_SET = "Accuracy on the 10,000 test images, mean ± std over networks (seed 10000) that the set has not seen."
+DECODED_ACCURACIES = f"""{ONE_SET}
+Controls hold as many floats of images: random real ones as multi-formation with factor 2. From scratch, each network
+and kind of images has its own step size of Adam where the study tries several, chosen on validation images. All rows
+of a network have as many updates. *Augmented*: turned, shifted and scaled anew in every update. The lead is over the
+best control, which for a set distilled after decoding may be the decoded one with true labels."""
 
 
 def card(name: str, path: Path, results: Results) -> str:
     """What a user of the shipped set in the file `path` wants to know, in Markdown."""
-    metadata = read_metadata(path)
-    mean, std = float(metadata["mean"]), float(metadata["std"])
-    distilled, recipe, run, main = du.DistilledSet.load(path), RECIPES[name], results.run(name), protocol(name)
-    low, high = (float(each) * std + mean for each in distilled.images.detach().aminmax())
-    (stored, seen), factor = count_images(name), recipe.get("factor", 1)
-    optimizer = "Adam" if distilled.optimizer == "Adam" else f"SGD with momentum {distilled.momentum}"
-    schedule = f"{distilled.updates} updates by {optimizer}, in the stored order with the stored step sizes"
+    metadata, distilled, decoded = read_metadata(path), du.DistilledSet.load(path), name in DECODED
+    shown, (title, control) = main_row(name), strongest_control(results, name)
+    main = du.Accuracies(torch.tensor(results.values(name, shown)[0]))  # of the shipped set, not of other seeds
+    described, facts = (describe_decoded if decoded else describe_distilled)(name, distilled)
+    use = USES["decoded" if shown.startswith("LeNet") else shown]
+    return CARD.format(
+        name=name, dataset=metadata["dataset"], description=described.format(dataset=metadata["dataset"]),
+        main=main, networks=len(main.values), title=title, control=control, control_networks=len(control.values),
+        facts="\n".join(f"| {key} | {value} |" for key, value in [
+            ("", ""), ("---", "---"), *facts.items(), *facts_of_file(name, distilled, metadata, results).items(),
+        ]),
+        imports="import distill_utils as du" + "\nimport torch" * ("torch" in use),
+        use=use.format(epochs=round(GENERAL["LeNet"][2] / distilled.labels[..., 0].numel())),
+        accuracies=(decoded_accuracies if decoded else distilled_accuracies)(name, distilled, results),
+    ).replace(" \n", "\n")  # fmt: skip
+
+
+def describe_distilled(name: str, distilled: du.DistilledSet) -> tuple[str, dict[str, str]]:
+    """A sentence on a distilled set, with a place for its dataset, and how to train on it and how it was made."""
+    (stored, seen), recipe, made_for = count_images(name), RECIPES[name], protocol(name)
+    factor = recipe.get("factor", 1)
+    holds = f"Each stored image holds {factor} × {factor} smaller ones, so networks train on {seen}."
     outer = ("iterations", "networks", "batch_size", "learning_rate", "step_size_learning_rate", "pool", "window")
-    facts = {
-        "learned schedule": schedule + " **(made for this)**" * (main == "learned schedule"),
-        "from scratch": SCRATCH + " **(made for this)**" * (main == "from scratch"),
-        "images": f"{list(distilled.images.shape)}: steps, images, channels, height, width",
-        "labels": f"{list(distilled.labels.shape)}: steps, labels, classes; learned with the images",
+    uses = {"learned schedule": schedule_text(distilled), "from scratch": SCRATCH}
+    return (
+        f"{stored} stored images for {{dataset}} with soft labels, distilled for LeNets of random initialization. "
+        + holds * (factor > 1),
+        {key: value + " **(made for this)**" * (key == made_for) for key, value in uses.items()}
+        | {
+            "images": f"{list(distilled.images.shape)}: steps, images, channels, height, width",
+            "labels": f"{list(distilled.labels.shape)}: steps, labels, classes; learned with the images",
+            "augmentation": "none, neither in distillation nor in training",
+            "start": "k-means centers",
+            "outer loop": ", ".join(f"{key} {recipe[key]}" for key in outer if key in recipe).replace("_", " "),
+        },
+    )
+
+
+def describe_decoded(name: str, distilled: du.DistilledSet) -> tuple[str, dict[str, str]]:
+    """The same for a decoded set."""
+    options = DECODED[name]
+    floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
+    several = "any network and optimizer" if len(options["architectures"]) > 1 else "tested on LeNets alone"
+    scratch = f"Adam, shuffled batches of 64, {GENERAL['LeNet'][2]:,} images for a LeNet; {several}"
+    start = "codes of random training images, and a decoder from an autoencoder of all of them"
+    labels = f"{list(distilled.labels.shape)}: steps, labels, classes; of {TEACHERS} LeNets trained on all real images"
+    if schedule := options.get("schedule"):
+        uses = {"learned schedule": f"{schedule_text(distilled)} **(made for this)**", "from scratch": scratch}
+        outer = ", ".join(f"{key} {schedule[key]}" for key in ("iterations", "batch_size", "learning_rate"))
+        outer, labels = outer.replace("_", " "), f"{labels}, then learned"
+    else:
+        uses, outer = {"from scratch": f"{scratch} **(made for this)**"}, "none: no training is differentiated"
+    return (
+        f"{distilled.labels[..., 0].numel():,} images for {{dataset}} from the floats of {options['floats'] // 784}: "
+        f"codes of {distilled.images.shape[2]} floats,\nsoft labels, and one decoder of {floats - own:,} weights, "
+        f"{floats:,} floats together.",
+        uses
+        | {
+            "images": f"codes {list(distilled.images.shape)}; `decode` makes images {list(distilled.decode().shape)}",
+            "labels": labels,
+            "augmentation": "none, or in training where a row says so",
+            "start": start,
+            "outer loop": outer,
+        },
+    )
+
+
+def schedule_text(distilled: du.DistilledSet) -> str:
+    optimizer = "Adam" if distilled.optimizer == "Adam" else f"SGD with momentum {distilled.momentum}"
+    return f"{distilled.updates} updates by {optimizer}, in the stored order with the stored step sizes"
+
+
+def facts_of_file(name: str, distilled: du.DistilledSet, metadata: dict, results: Results) -> dict[str, str]:
+    """What the file itself says, and how the set's experiment ran."""
+    mean, std, run = float(metadata["mean"]), float(metadata["std"]), results.run(name)
+    low, high = (float(each) * std + mean for each in distilled.decode().detach().aminmax())
+    return {
         "normalization": f"`(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1; exact values are in the file's metadata",
         "pixel range": f"{low:.2f} to {high:.2f} as pixels; clip to 0..1 to look at them, not to train",
-        "augmentation": "none, neither in distillation nor in training",
-        "distilled by": f"`python -m study best --only {name}`, seed 0, from k-means centers",
-        "outer loop": ", ".join(f"{key} {recipe[key]}" for key in outer if key in recipe).replace("_", " "),
+        "made by": f"`python -m study best --only {name}`, seed {metadata['seed']}, one distillation",
         "computed on": f"{run.machine}; {run.versions}; {run.seconds / 60:.0f} minutes, tests included",
     }
+
+
+def distilled_accuracies(name: str, distilled: du.DistilledSet, results: Results) -> str:
+    """The accuracies of a distilled set by both protocols, beside its controls."""
     rows = ["learned schedule", "from scratch", *(f"control: {title}" for title in CONTROLS)]
     shipped = {row: du.Accuracies(torch.tensor(results.values(name, row)[0])) for row in rows}  # not of other seeds
     found = [(row.replace("control:", "from scratch, control:"), shipped[row]) for row in rows]
     controls = ((row, results.pooled(f"controls-{name}", row)) for row in results.find(f"controls-{name}").row.unique())
     found += [(f"{distilled.updates} updates, control: {row}", each) for row, each in controls]
-    holds = f"Each stored image holds {factor} × {factor} smaller ones, so networks train on {seen}."
-    formation = holds if factor > 1 else ""
-    words = f"after the {distilled.updates} updates of its schedule"
-    words = "when trained from scratch" if main == "from scratch" else words
-    return CARD.format(
-        name=name, dataset=metadata["dataset"], stored=stored, formation=formation, use=USES[main],
-        accuracy=shipped[main], words=words,
-        facts="\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in facts.items())]),
-        accuracies=markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found]),
-    ).replace(" \n", "\n")  # fmt: skip
+    table = markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found])
+    warning = "Made for this LeNet; other architectures may do much worse (`study/results/best/summary.md`)."
+    return f"{ONE_SET}\n\n{table}\n\n{warning}"
 
 
-DECODED_CARD = """# {name}
-
-{count} images for {dataset} from the floats of {images}: codes of {codes} floats, soft labels, and one decoder of
-{shared:,} weights, {floats:,} floats together. {made}
-LeNets that the set has not seen reach {accuracies}.
-
-```python
-import distill_utils as du
-{use}
-print(f"{{du.accuracy(network, data.test):.1f}}%")
-```
-
-The decoder is that of an autoencoder of all training images. The codes are those of random training images, and the
-labels are what {teachers} LeNets, trained on all real images, make of the decoded ones. {differentiated}
-Images are normalized as `(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1.
-Made by `python -m study best --only {name}`, seed 0, in {minutes:.0f} minutes{tested}: {machine}; {versions}.
-{schedule}
-## Training from scratch
-
-Test images, mean ± std over networks of one set. Controls hold as many floats of images: random real ones as
-multi-formation with factor 2. Each network and kind of images has its own step size of Adam where the study tries
-several, chosen on validation images. All rows of a network have as many updates.
-*Augmented*: turned, shifted and scaled anew in every update. The lead is over the best control, which
-for a set distilled after decoding may be the decoded one with true labels.
-
-{table}
-"""
-USE_SCHEDULE = """
-data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
-network = du.unroll(du.LeNet(), distilled, differentiable=False)"""
-USE_ADAM = """import torch
-
-data, distilled = du.load_torchvision("{dataset}", "data", device="cpu"), du.load("{name}")
-images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)
-network = du.LeNet()
-adam = torch.optim.Adam(network.parameters(), lr=1e-3)
-du.train(network, du.Split(images, labels), epochs={epochs}, batch_size=64, optimizer=adam)"""
-
-
-def decoded_card(name: str, path: Path, results: Results) -> str:
-    """What a user of a decoded set wants to know, in Markdown."""
-    metadata = read_metadata(path)
-    distilled, run, schedule = du.DistilledSet.load(path), results.run(name), DECODED[name].get("schedule")
-    floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
-    count, shown = distilled.labels[..., 0].numel(), GENERAL["LeNet"][2]
-    if schedule:
-        made = f"Made for its learned schedule of {distilled.updates} updates by Adam."
-        accuracies = f"{results.pooled(name, 'learned schedule')} on the test images"
-        use, minutes, tested = USE_SCHEDULE, run.seconds / 60, ", tests included"
-        differentiated = "Then\ncodes, decoder, labels and step sizes are distilled through the training of LeNets."
-    else:
-        several = len(DECODED[name]["architectures"]) > 1
-        made = "Made for training from scratch"
-        made += ", with any network and optimizer." if several else "; tested on LeNets alone."
-        row = f"LeNet, {DECODED_ROWS[0]}"
-        accuracies = f"{results.pooled(name, f'{row}, plain')} on the test images"
-        if "augmented" in DECODED[name]["ways"]:
-            accuracies += f", and {results.pooled(name, f'{row}, augmented')} with augmentation"
-        use, minutes, tested = USE_ADAM, run.distillation_seconds / 60, ""
-        differentiated = "No training is differentiated."
-    return DECODED_CARD.format(
-        name=name, dataset=metadata["dataset"], count=f"{count:,}", codes=distilled.images.shape[2], made=made,
-        images=DECODED[name]["floats"] // 784, shared=floats - own, floats=floats, accuracies=accuracies,
-        use=use.format(dataset=metadata["dataset"], name=name, epochs=round(shown / count)), teachers=TEACHERS,
-        differentiated=differentiated, mean=float(metadata["mean"]), std=float(metadata["std"]), minutes=minutes,
-        tested=tested, machine=run.machine, versions=run.versions, table=decoded_table(results, name),
-        schedule=decoded_schedule(results, name) if schedule else "",
-    )  # fmt: skip
+def decoded_accuracies(name: str, _: du.DistilledSet, results: Results) -> str:
+    """The accuracies of a decoded set by the protocols that it was tested in, beside its controls."""
+    schedule = f"{decoded_schedule(results, name)}\n\n" if "schedule" in DECODED[name] else ""
+    return f"{DECODED_ACCURACIES}\n\n{schedule}{decoded_table(results, name)}"
 
 
 def decoded_schedule(results: Results, name: str) -> str:
     """The learned schedule of a decoded set, beside the same set before distillation and the best control of the set
     in multi-formation of as many floats and updates."""
     rows = [["learned schedule", counted(results, name, "learned schedule")]]
-    rows += [[title, counted(results, name, title)] for title in DECODED_CONTROLS]
+    rows += [[title, counted(results, name, title)] for title in control_accuracies(results, name)]
     title, accuracies = strongest_control(results, RIVAL_OF_DECODED)
     rows.append(
         [f"undistilled multi-formation of as many floats: {title}", f"{accuracies} (n={len(accuracies.values)})"]
     )
-    table = markdown_table(["LeNet, 50 updates by Adam", "test accuracy"], rows)
-    return f"\n## Learned schedule\n\n{table}\n"
+    return markdown_table(["LeNet, 50 updates by Adam", "test accuracy"], rows)
 
 
-DECODED_CONTROLS = tuple(f"before distillation, {way}" for way in ("constant step size", "step sizes learned for it"))
 RIVAL_OF_DECODED = "mnist-ipc1-mf2-50steps"
 
 
@@ -644,7 +647,5 @@ def write_report(part: str, results: Results) -> None:
 
 def write_cards(folder: Path, results: Results) -> None:
     """Writes the card of each set in `folder`."""
-    for name in DECODED:
-        (folder / f"{name}.md").write_text(decoded_card(name, folder / f"{name}.safetensors", results))
-    for name in RECIPES:
+    for name in (*RECIPES, *DECODED):
         (folder / f"{name}.md").write_text(card(name, folder / f"{name}.safetensors", results))

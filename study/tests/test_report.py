@@ -94,28 +94,22 @@ def test_a_stored_set_trains_networks_as_stored(mnist_root):
     assert found.tolist() == pytest.approx(stored[0][:2], abs=0.5)
 
 
-@pytest.mark.parametrize("name", best_sets.RECIPES)
+@pytest.mark.parametrize("name", [*best_sets.RECIPES, *best_sets.DECODED])
 def test_a_card_says_what_a_user_wants_to_know(name):
     results = Results(RESULTS / "best")
     text = report.card(name, DISTILLED / f"{name}.safetensors", results)
-    assert text.startswith(f"# {name}\n")
-    for wanted in ("learned schedule", "normalization", "pixel range", "augmentation", "k-means centers, true labels",
-                   f'du.load("{name}")', f"python -m study best --only {name}", "seed 10000"):  # fmt: skip
-        assert wanted in text
-    assert str(results.pooled(name, best_sets.protocol(name))) in text.split("```")[0]
-    assert not re.search(OLD_WORDS, text)
-    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], name, "exec")
-
-
-@pytest.mark.parametrize("name", best_sets.DECODED)
-def test_the_card_of_a_decoded_set_has_its_controls_and_a_program(name):
-    results = Results(RESULTS / "best")
-    text = report.decoded_card(name, DISTILLED / f"{name}.safetensors", results)
     assert text == (DISTILLED / f"{name}.md").read_text(), "run python -m study --report"
-    row = "learned schedule" if "schedule" in best_sets.DECODED[name] else "LeNet, decoded, soft labels, plain"
-    assert str(results.pooled(name, row)) in text.split("```")[0]
-    assert report.decoded_table(results, name) in text
-    compile(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], name, "exec")
+    first_screen, program, rest = re.split(r"```(?:python\n)?", text)
+    assert first_screen.startswith(f"# {name}\n")
+    for wanted in ("from scratch", "normalization", "pixel range", "augmentation", "seed 0", "outer loop",
+                   "**(made for this)**", f"python -m study best --only {name}"):  # fmt: skip
+        assert wanted in first_screen
+    title, control = report.strongest_control(results, name)
+    assert f"**{results.pooled(name, report.main_row(name))}** (n=" in first_screen
+    assert f"The best control reaches\n{control} ({title}, n=" in first_screen
+    assert str(control) in rest
+    assert not re.search(OLD_WORDS, text)
+    compile(program, name, "exec")
 
 
 def test_the_headline_has_controls():
