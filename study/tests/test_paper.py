@@ -87,12 +87,12 @@ def test_neighbors_classify_their_own_images_correctly(digits):
      "initializations", "adapt-digits-to-mnist", "attack"],
 )  # fmt: skip
 def test_each_kind_of_experiment_adds_its_lines_and_saves_its_sets(name, tmp_path, monkeypatch):
-    best_constant_step_size = du.best_constant_step_size
-
-    def choose(*arguments, **_) -> du.DistilledSet:
-        return best_constant_step_size(*arguments, networks=1, step_sizes=(0.05, 0.1))
-
-    monkeypatch.setattr(du, "best_constant_step_size", choose)
+    choose, validate = du.best_constant_step_size, du.validation_accuracy  # by one network and of two step sizes
+    few = {"networks": 1, "step_sizes": (0.05, 0.1)}
+    monkeypatch.setattr(du, "best_constant_step_size", lambda *arguments, **_: choose(*arguments, **few))
+    monkeypatch.setattr(
+        du, "validation_accuracy", lambda *arguments, **options: validate(*arguments, **options | {"networks": 1})
+    )
     monkeypatch.setattr(paper, "PRETRAINING", {"scikit-learn digits": {"epochs": 1, "batch_size": 400}})
     study = small_study(name, "paper", tmp_path)
     study.run(paper.EXPERIMENTS[name])
