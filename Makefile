@@ -6,7 +6,7 @@
 # make study            every experiment that study/results does not hold yet
 # make study-notebooks  run the two notebooks of the study into out/
 # make export           the distilled sets as Parquet files and tensors, for use without this project
-# make benchmark        time the meta-gradient beside other ways to compute it
+# make benchmark        time the meta-gradient beside other ways to compute it; about an hour
 # make release          for maintainers: refresh the stored outputs, figures, tables and cards in the repository
 #
 # Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in the folder DATA_ROOT
