@@ -82,7 +82,7 @@ def accuracies(dataset: du.Dataset) -> list[list]:
         begin = time.perf_counter()
         found = train(du.load(name, device=device))
         card = Path(du.__file__).with_name("distilled").joinpath(f"{name}.md").read_text()
-        mean, std = (float(number) for number in re.search(r"reach (\d+\.\d) ± (\d+\.\d)%", card).groups())
+        mean, std = (float(number) for number in re.search(r"\*\*(\d+\.\d) ± (\d+\.\d)%", card).groups())
         assert abs(found.mean - mean) < max(2.0, 3 * std), f"{name}: {found}, but its card has {mean} ± {std}%"
         rows.append([name, found, f"{mean} ± {std}%", f"{time.perf_counter() - begin:.1f}"])
     return rows
