@@ -180,24 +180,25 @@ def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
 # ------------------------------------------------------------------------------------------------------- decoded sets
 def decoded_set(
     study: Study, *, floats: int, steps: int, per_class: int, architectures: Sequence[str], ways: Sequence[str],
-    schedule: dict | None = None, **options,
+    schedule: dict | None = None, seed: int = 0, **options,
 ) -> None:  # fmt: skip
     """Fits a decoder with codes and soft labels, and distills them further if there is a `schedule`; architectures are
-    trained from scratch on the set and on its controls, in as many updates.
+    trained from scratch on the set and on its controls, in as many updates. The seed is that of all but these networks.
 
     Controls are random real images as multi-formation, with soft labels of the same teacher or true ones.
     """
     dataset, share = dataset_of(study, study.name), study.fraction
     begin = time.perf_counter()
-    teacher = train_teacher(dataset, networks=TEACHERS, epochs=max(1, round(6 * share)))
+    teacher = train_teacher(dataset, networks=TEACHERS, epochs=max(1, round(6 * share)), seed=seed)
     options["iterations"] = max(1, round(share * options["iterations"]))
-    decoded, true_labels = fit_decoder(dataset, teacher, floats=floats, **options)
+    decoded, true_labels = fit_decoder(dataset, teacher, floats=floats, seed=seed, **options)
     study.distillation_seconds = round(time.perf_counter() - begin)
     if schedule:
-        decoded, file = distill_decoded(study, dataset, decoded, **schedule)
+        decoded, file = distill_decoded(study, dataset, decoded, seed=seed, **schedule)
     else:
-        file = study.save(decoded, dataset)
-    packed = initial_set(du.init_from_real(dataset, steps=steps, per_class=4 * per_class), factor=2, epochs=1, inner={})
+        file = study.save(decoded, dataset, seed=seed)
+    real = du.init_from_real(dataset, steps=steps, per_class=4 * per_class, seed=seed)
+    packed = initial_set(real, factor=2, epochs=1, inner={})
     taught = teach(teacher, packed.decode().flatten(0, 1)).unflatten(0, packed.labels.shape[:2])
     taught = with_schedule_of(packed, packed.images, taught)
     sets = dict(zip(DECODED_ROWS, (decoded, true_labels, taught, packed), strict=True))
@@ -293,10 +294,11 @@ GENERAL = {  # step sizes of Adam to choose from, networks tested, images that e
     "ConvNet-3, instance norm": ((1e-3,), 2, 32_000),
 }  # fmt: skip
 EVERY = {"architectures": tuple(GENERAL), "ways": ("plain", "augmented")}
+MAIN = {"architectures": ("LeNet",), "ways": ("plain",)}
 DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decoder counted
     "mnist-ipc1-decoded-50steps": {
         "floats": 7_840, "steps": 1, "per_class": 1, "codes": 12, "channels": [6, 4], "iterations": 6_000,
-        "architectures": ("LeNet",), "ways": ("plain",),
+        **MAIN,
         "schedule": {
             "steps": 5, "per_class": 3, "epochs": 10, "iterations": 600, "batch_size": 256, "learning_rate": 0.01,
         },
@@ -310,7 +312,7 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
     },
     "mnist-ipc50-decoded": {
         "floats": 392_000, "steps": 1, "per_class": 50, "codes": 24, "channels": [32, 16], "iterations": 6_000,
-        "architectures": ("LeNet",), "ways": ("plain",),
+        **MAIN,
     },
 }  # fmt: skip
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
@@ -346,6 +348,11 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
     **{f"{name}-seed{seed}": partial(another_seed, name=name, seed=seed) for name in SEEDED for seed in (1, 2)},
     **{name: partial(decoded_set, **recipe) for name, recipe in DECODED.items()},
+    **{
+        f"{name}-seed{seed}": partial(decoded_set, **{**recipe, **MAIN}, seed=seed)
+        for name, recipe in DECODED.items()
+        for seed in (1, 2)
+    },
     "whole-set": whole_set,
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},
