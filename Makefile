@@ -36,7 +36,7 @@ test-faults: $(VENV)/installed
 	KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fault
 
 test-device: $(VENV)/installed
-	$(BIN)/python -m pytest -q tests/test_devices.py
+	$(BIN)/python -m pytest -q -k on_the_device tests/test_devices.py study/tests/test_truncation.py
 	$(BIN)/python -m study.benchmark.devices --device $(or $(DEVICE),auto)
 
 study: $(VENV)/installed

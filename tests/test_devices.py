@@ -5,13 +5,20 @@ import torch
 from torch import Tensor
 
 import distill_utils as du
+from tests.conftest import decoder_weights
 
 SETTINGS = {"iterations": 3, "batch_size": 8, "validate_every": 2, "progress": False}
 
 
-def make_set(dataset: du.Dataset, *, factor=1, **options) -> du.DistilledSet:
+def make_set(dataset: du.Dataset, *, factor=1, decoded=False, **options) -> du.DistilledSet:
     images, labels = du.init_from_real(dataset, steps=2, per_class=factor**2)
     options = {"epochs": 2, "step_size": 0.1, **options}
+    if decoded:
+        with du.seeded(0):
+            codes, weights = torch.rand(2, 3, 5, 1, 1), decoder_weights()
+        return du.Decoded(
+            codes.to(images), labels, **options, **{name: each.to(images) for name, each in weights.items()}
+        )
     if factor > 1:
         return du.MultiFormation.from_images(images, labels, factor=factor, **options)
     return du.DistilledSet(images, labels, **options)
@@ -19,8 +26,14 @@ def make_set(dataset: du.Dataset, *, factor=1, **options) -> du.DistilledSet:
 
 KINDS = pytest.mark.parametrize(
     "options",
-    [{"momentum": 0.9}, {"optimizer": "Adam"}, {"soft_labels": True}, {"factor": 2, "soft_labels": True}],
-    ids=["momentum", "Adam", "soft labels", "multi-formation"],
+    [
+        {"momentum": 0.9},
+        {"optimizer": "Adam"},
+        {"soft_labels": True},
+        {"factor": 2, "soft_labels": True},
+        {"decoded": True, "soft_labels": True},
+    ],
+    ids=["momentum", "Adam", "soft labels", "multi-formation", "decoded"],
 )
 
 

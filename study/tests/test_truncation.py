@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import distill_utils as du
 from study.truncation import Checkpointed, InnerRun, NetworkPool, RandomWindow
+from tests.conftest import Smooth
 
 INNERS = {"SGD": {}, "momentum": {"momentum": 0.9}, "Adam": {"optimizer": "Adam"}}
 
@@ -20,22 +21,6 @@ INNERS = {"SGD": {}, "momentum": {"momentum": 0.9}, "Adam": {"optimizer": "Adam"
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def toy() -> du.Dataset:
-    """Three well-separated classes of 4×4 images."""
-    labels = torch.arange(90) % 3
-    pixels = 0.2 * torch.rand(90, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    pixels[torch.arange(90), 0, labels] += 0.7  # class k has row k bright
-    return du.make_dataset("toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device="cpu")
-
-
-class Smooth(nn.Sequential):
-    """A network without kinks."""
-
-    def __init__(self) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
 class Counting(nn.Module):
@@ -342,3 +327,21 @@ def test_settings_can_be_read():
     assert repr(RandomWindow(25, seed=3)) == "RandomWindow(length=25, seed=3)"
     assert repr(NetworkPool(8, window=25)) == "NetworkPool(size=8, window=25)"
     assert repr(Checkpointed(5)) == "Checkpointed(segment=5)"
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize(
+    "make_unroll", [lambda: RandomWindow(3), lambda: NetworkPool(1, window=2), lambda: Checkpointed(2)]
+)
+def test_inner_loops_on_the_device_do_what_they_do_on_the_cpu(device, toy_on_device, toy, inner, make_unroll):
+    histories = []
+    for dataset in (toy_on_device, toy):
+        distilled = du.DistilledSet(*du.init_from_real(dataset, steps=2), epochs=2, step_size=0.1, **INNERS[inner])
+        run = du.Distillation(distilled, dataset, Smooth, iterations=3, networks=2, unroll=make_unroll())
+        for _ in range(3):
+            run.apply_gradient(run.compute_gradient())
+        assert {each.device.type for each in (distilled.images, distilled.images.grad)} == {
+            dataset.train.images.device.type
+        }
+        histories.append(run.history.loss)
+    assert histories[0] == pytest.approx(histories[1], rel=1e-3)
