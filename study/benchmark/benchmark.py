@@ -100,10 +100,13 @@ def peak_memory() -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else math.nan
 
 
-def timed(work: Callable, *arguments: object, repeats: int) -> tuple[list[float], float]:
-    """Seconds of repeated calls, the first of which also compiles, and the memory that they take."""
+def timed(
+    work: Callable, *arguments: object, repeats: int, clock: Callable = time.process_time
+) -> tuple[list[float], float]:  # fmt: skip
+    """Seconds of repeated calls, the first of which also compiles, and the memory that they take. They are processor
+    time, which does not depend on what else the machine does."""
     before = peak_memory()
-    times = [seconds(work, *arguments) for _ in range(1 + repeats)]
+    times = [seconds(work, *arguments, clock=clock) for _ in range(1 + repeats)]
     return times, peak_memory() - before
 
 
@@ -152,8 +155,8 @@ def gradient() -> str:
                 rows[name].append(f"{max(times[0] for times, _ in each):.1f}")
         head += ["first call"] if networks == 1 else []
     return (
-        "One meta-gradient through 10 steps × 3 epochs of 10 images, real batch of 256. Seconds are those for each "
-        f"network, medians over {rounds} processes with "
+        "One meta-gradient through 10 steps × 3 epochs of 10 images, real batch of 256. Seconds are "
+        f"processor time for each network, medians over {rounds} processes with "
         + ", ".join(f"{count} repeats at {networks}" for networks, count in sizes.items())
         + " networks, the methods in turns; those of the first call, which compiles, include nothing else. Memory is "
         "the peak above that of the process before, compilation included. All gradients are checked to be equal "
@@ -236,7 +239,7 @@ def memory() -> str:
         "MiB of the whole ÷ √updates",
     ]
     return (
-        "One network, real batch of 64; peak memory above that of the process before; medians of 3 repeats.\n\n"
+        "One network, real batch of 64; peak memory above that of the process before; processor time, medians of 3.\n\n"
         + markdown_table(head, rows)
     )
 
@@ -269,7 +272,7 @@ def time_larger(unroll: Callable, *, width: int = 128, epochs: int = 6, repeats:
     random = du.Dataset("random", 0.0, 1.0, real, real, real, classes=10)
     make_network = partial(ConvNet, width=width, channels=3, size=32)
     run = du.Distillation(distilled, random, make_network, iterations=1, unroll=unroll)
-    return timed(run.compute_gradient, repeats=repeats)
+    return timed(run.compute_gradient, repeats=repeats, clock=time.perf_counter)
 
 
 # -------------------------------------------------------------------------------- time to an accuracy
