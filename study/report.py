@@ -401,15 +401,15 @@ def headline_table(paper: Results, best: Results) -> str:
     rows = [
         ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *beside(paper, "fixed-10")],
         ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside(paper, "random-noise")],
-        ["100", "30 updates of Adam", "82.7 ± 2.8 (soft labels)", *beside(best, "mnist-ipc10-30steps")],
+        ["100", "30 updates of Adam", "82.7 ± 2.8 (Sucholutsky and Schonlau)", *beside(best, "mnist-ipc10-30steps")],
         ["100, multi-formation", "100 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-100steps")],
-        ["floats of 10, decoded", "50 updates of Adam", "", *beside(best, "mnist-ipc1-decoded-50steps")],
-        ["100", "from scratch", "93.9 ± 0.6 (gradient matching, augmented)", *beside(best, "mnist-ipc10-scratch")],
-        ["floats of 100, decoded", "from scratch, Adam", IDC.format("98.4"), *beside(best, "mnist-ipc10-decoded")],
-        ["floats of 500, decoded", "from scratch, Adam", IDC.format("99.1"), *beside(best, "mnist-ipc50-decoded")],
-        ["floats of 100, decoded, Fashion-MNIST", "from scratch, Adam", "", *beside(best, "fashion-ipc10-decoded")],
+        ["storage of 10, decoded", "50 updates of Adam", "", *beside(best, "mnist-ipc1-decoded-50steps")],
+        ["100", "from scratch", "93.9 ± 0.6 (Zhao et al., augmented)", *beside(best, "mnist-ipc10-scratch")],
+        ["storage of 100, decoded", "from scratch, Adam", IDC.format("98.4"), *beside(best, "mnist-ipc10-decoded")],
+        ["storage of 500, decoded", "from scratch, Adam", IDC.format("99.1"), *beside(best, "mnist-ipc50-decoded")],
+        ["storage of 100, decoded, Fashion-MNIST", "from scratch, Adam", "", *beside(best, "fashion-ipc10-decoded")],
     ]
-    return markdown_table(["stored images", "training", "reported (%)", "best control", "here"], rows)
+    return markdown_table(["stored images", "training", "reported (%)", "best control", "this project"], rows)
 
 
 def write_readme(path: Path, paper: Results, best: Results) -> None:
@@ -420,12 +420,14 @@ def write_readme(path: Path, paper: Results, best: Results) -> None:
         partial.write_text("\n\n".join([before + MARKERS[0], headline_table(paper, best), MARKERS[1] + after]))
 
 
-IDC = "{} (IDC, ConvNet-3, augmented)"
+IDC = "{} (Kim et al., ConvNet-3, augmented)"
 MARKERS = "<!-- results -->", "<!-- end of results -->"
 
 
 # --------------------------------------------------------------------------------------------------------------- cards
-SCRATCH = "SGD at 0.01 with momentum 0.9, shuffled batches of up to 256, 300 epochs, without the stored step sizes"
+SCRATCH = (
+    "SGD with step size 0.01 and momentum 0.9, shuffled batches of up to 256, 300 epochs, without the stored step sizes"
+)
 PIXELS = "images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)\n"
 USES = {
     "learned schedule": "network = du.unroll(du.LeNet(), distilled, differentiable=False)",
@@ -437,8 +439,8 @@ USES = {
 CARD = """# {name}
 
 {description}
-LeNets that the set has not seen reach **{main}** (n={networks}) on the test images. The best control reaches
-{control} ({title}, n={control_networks}).
+New LeNets, with initial weights not used to make the set, reach **{main}** (n={networks}) on the test images.
+The best control without distillation reaches {control} ({title}, n={control_networks}).
 
 {facts}
 
@@ -452,12 +454,13 @@ print(f"{{du.accuracy(network, data.test):.1f}}%")
 
 {accuracies}
 """
-ONE_SET = "Accuracy on the 10,000 test images, mean ± std over networks (seed 10000) that the set has not seen."
+ONE_SET = "Accuracy on the 10,000 test images, mean ± std over new networks (drawn from seed 10000)."
 DECODED_ACCURACIES = f"""{ONE_SET}
-Controls hold as many floats of images: random real ones as multi-formation with factor 2. From scratch, each network
-and kind of images has its own step size of Adam where the study tries several, chosen on validation images. All rows
-of a network have as many updates. *Augmented*: turned, shifted and scaled anew in every update. The lead is over the
-best control, which for a set distilled after decoding may be the decoded one with true labels."""
+The images of the random real controls take the storage that the set's name counts, in multi-formation with factor 2
+(four small images in each stored one); their labels come on top. From scratch, Adam's step size is chosen on validation
+images for each network and kind of images, where the study tries several. All runs of a network have the same number of
+updates. *Augmented*: images are randomly rotated, shifted and scaled in every update. *Lead*: the difference from the
+best control, before rounding; for a set distilled after decoding, decoded images with true labels are a control too."""
 
 
 def card(name: str, path: Path, results: Results) -> str:
@@ -483,18 +486,18 @@ def describe_distilled(name: str, distilled: du.DistilledSet) -> tuple[str, dict
     """A sentence on a distilled set, with a place for its dataset, and how to train on it and how it was made."""
     (stored, seen), recipe, made_for = count_images(name), RECIPES[name], protocol(name)
     factor = recipe.get("factor", 1)
-    holds = f"Each stored image holds {factor} × {factor} smaller ones, so networks train on {seen}."
+    holds = f"Each stored image holds {factor} × {factor} smaller ones, so networks train on {seen} images."
     outer = ("iterations", "networks", "batch_size", "learning_rate", "step_size_learning_rate", "pool", "window")
     uses = {"learned schedule": schedule_text(distilled), "from scratch": SCRATCH}
     return (
-        f"{stored} stored images for {{dataset}} with soft labels, distilled for LeNets of random initialization. "
+        f"{stored} stored images for {{dataset}} with soft labels, distilled for LeNets with random initial weights. "
         + holds * (factor > 1),
-        {key: value + " **(made for this)**" * (key == made_for) for key, value in uses.items()}
+        {key: value + " **(intended use)**" * (key == made_for) for key, value in uses.items()}
         | {
             "images": f"{list(distilled.images.shape)}: steps, images, channels, height, width",
             "labels": f"{list(distilled.labels.shape)}: steps, labels, classes; learned with the images",
-            "augmentation": "none, neither in distillation nor in training",
-            "start": "k-means centers",
+            "augmentation": "none, in distillation or training",
+            "initialized from": "k-means centers",
             "outer loop": ", ".join(f"{key} {recipe[key]}" for key in outer if key in recipe).replace("_", " "),
         },
     )
@@ -504,26 +507,28 @@ def describe_decoded(name: str, distilled: du.DistilledSet) -> tuple[str, dict[s
     """The same for a decoded set."""
     options = DECODED[name]
     floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
-    several = "any network and optimizer" if len(options["architectures"]) > 1 else "tested on LeNets alone"
-    scratch = f"Adam, shuffled batches of 64, {GENERAL['LeNet'][2]:,} images for a LeNet; {several}"
+    several = "any network and optimizer" if len(options["architectures"]) > 1 else "tested only on LeNets"
+    scratch = f"Adam, shuffled batches of 64, {GENERAL['LeNet'][2]:,} images in all for LeNet; {several}"
     start = "codes of random training images, and a decoder from an autoencoder of all of them"
-    labels = f"{list(distilled.labels.shape)}: steps, labels, classes; of {TEACHERS} LeNets trained on all real images"
+    labels = (
+        f"{list(distilled.labels.shape)}: steps, labels, classes; predicted by {TEACHERS} LeNets trained on all images"
+    )
     if schedule := options.get("schedule"):
-        uses = {"learned schedule": f"{schedule_text(distilled)} **(made for this)**", "from scratch": scratch}
+        uses = {"learned schedule": f"{schedule_text(distilled)} **(intended use)**", "from scratch": scratch}
         outer = ", ".join(f"{key} {schedule[key]}" for key in ("iterations", "batch_size", "learning_rate"))
         outer, labels = outer.replace("_", " "), f"{labels}, then learned"
     else:
-        uses, outer = {"from scratch": f"{scratch} **(made for this)**"}, "none: no training is differentiated"
+        uses, outer = {"from scratch": f"{scratch} **(intended use)**"}, "none: no training is differentiated"
     return (
-        f"{distilled.labels[..., 0].numel():,} images for {{dataset}} from the floats of {options['floats'] // 784}: "
-        f"codes of {distilled.images.shape[2]} floats,\nsoft labels, and one decoder of {floats - own:,} weights, "
-        f"{floats:,} floats together.",
+        f"{distilled.labels[..., 0].numel():,} images for {{dataset}} in the storage of {options['floats'] // 784}: "
+        f"a code of {distilled.images.shape[2]} floats\nand a soft label for each image, and one decoder with "
+        f"{floats - own:,} weights; {floats:,} floats in all.",
         uses
         | {
             "images": f"codes {list(distilled.images.shape)}; `decode` makes images {list(distilled.decode().shape)}",
             "labels": labels,
-            "augmentation": "none, or in training where a row says so",
-            "start": start,
+            "augmentation": "none, except in rows marked *augmented*",
+            "initialized from": start,
             "outer loop": outer,
         },
     )
@@ -542,7 +547,7 @@ def facts_of_file(name: str, distilled: du.DistilledSet, metadata: dict, results
         "normalization": f"`(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1; exact values are in the file's metadata",
         "pixel range": f"{low:.2f} to {high:.2f} as pixels; clip to 0..1 to look at them, not to train",
         "made by": f"`python -m study best --only {name}`, seed {metadata['seed']}, one distillation",
-        "computed on": f"{run.machine}; {run.versions}; {run.seconds / 60:.0f} minutes, tests included",
+        "computed on": f"{run.machine}; {run.versions}; {run.seconds / 60:.0f} minutes, including tests",
     }
 
 
@@ -554,7 +559,7 @@ def distilled_accuracies(name: str, distilled: du.DistilledSet, results: Results
     controls = ((row, results.pooled(f"controls-{name}", row)) for row in results.find(f"controls-{name}").row.unique())
     found += [(f"{distilled.updates} updates, control: {row}", each) for row, each in controls]
     table = markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found])
-    warning = "Made for this LeNet; other architectures may do much worse (`study/results/best/summary.md`)."
+    warning = "This set was made for LeNet. Other architectures may do much worse; see `study/results/best/summary.md`."
     return f"{ONE_SET}\n\n{table}\n\n{warning}"
 
 

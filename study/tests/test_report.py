@@ -102,11 +102,11 @@ def test_a_card_says_what_a_user_wants_to_know(name):
     first_screen, program, rest = re.split(r"```(?:python\n)?", text)
     assert first_screen.startswith(f"# {name}\n")
     for wanted in ("from scratch", "normalization", "pixel range", "augmentation", "seed 0", "outer loop",
-                   "**(made for this)**", f"python -m study best --only {name}"):  # fmt: skip
+                   "**(intended use)**", f"python -m study best --only {name}"):  # fmt: skip
         assert wanted in first_screen
     title, control = report.strongest_control(results, name)
     assert f"**{results.pooled(name, report.main_row(name))}** (n=" in first_screen
-    assert f"The best control reaches\n{control} ({title}, n=" in first_screen
+    assert f"The best control without distillation reaches {control} ({title}, n=" in first_screen
     assert str(control) in rest
     assert not re.search(OLD_WORDS, text)
     compile(program, name, "exec")
