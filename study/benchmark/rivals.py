@@ -1,7 +1,7 @@
 """Other ways to compute the same meta-gradient, for comparison.
 
 Each takes a distilled set, fresh networks and the real batch that they share, and leaves the gradient of the networks'
-mean loss in the distilled set. All train one network after the other, with plain SGD.
+mean loss in the distilled set. All use plain SGD, and but for the ensemble train one network after the other.
 """
 
 import copy
@@ -39,6 +39,20 @@ def functional_loop(distilled: du.DistilledSet, networks: list[nn.Module], real:
             pairs = zip(weights.items(), gradients, strict=True)
             weights = {name: weight - step_size * gradient for (name, weight), gradient in pairs}
         (F.cross_entropy(functional_call(network, weights, real.images), real.labels) / len(networks)).backward()
+
+
+def functional_ensemble(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
+    """The same loop, with all networks in one ensemble."""
+    distilled.zero_grad()
+    ensemble = du.Ensemble(networks)
+    weights = {name: weight.detach().requires_grad_() for name, weight in ensemble.named_parameters()}
+    for images, labels, step_size in distilled.schedule():
+        loss = du.training_loss(functional_call(ensemble, weights, images), labels)
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        pairs = zip(weights.items(), gradients, strict=True)
+        weights = {name: weight - step_size * gradient for (name, weight), gradient in pairs}
+    labels = F.one_hot(real.labels, distilled.labels.shape[-1]).to(real.images)
+    (du.training_loss(functional_call(ensemble, weights, real.images), labels) / len(networks)).backward()
 
 
 def torchopt_loop(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:

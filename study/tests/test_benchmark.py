@@ -11,7 +11,14 @@ from study.truncation import Checkpointed
 
 
 @pytest.mark.parametrize(
-    "rival", [rivals.higher_loop, rivals.functional_loop, rivals.step_products, rivals.forward_over_reverse]
+    "rival",
+    [
+        rivals.higher_loop,
+        rivals.functional_loop,
+        rivals.functional_ensemble,
+        rivals.step_products,
+        rivals.forward_over_reverse,
+    ],
 )
 def test_rivals_have_the_same_gradient(toy, smooth, rival):
     torch.set_default_dtype(torch.float64)
