@@ -65,6 +65,24 @@ def mnist_root() -> str:
     return str(Path(root).resolve())
 
 
+# What a notebook is run with: an MNIST of a few thousand images, or a download that fails as without a network.
+FEWER_IMAGES = """
+import dataclasses
+whole = du.load_mnist
+def load_mnist(*arguments, **options):
+    mnist = whole(*arguments, **options)
+    parts = {name: getattr(mnist, name) for name in ("train", "validation", "test")}
+    parts = {name: du.Split(part.images[:2000], part.labels[:2000]) for name, part in parts.items()}
+    return dataclasses.replace(mnist, **parts)
+du.load_mnist = load_mnist
+"""
+NO_NETWORK = """
+import torchvision
+def fail(self): raise RuntimeError("no network")
+torchvision.datasets.MNIST.download = fail
+"""
+
+
 def decoder_weights() -> dict[str, Tensor]:
     """Random weights of a `du.Decoded` that turns codes of 5 floats into images [1, 4, 4]."""
     sizes = ((5, 4, 1, 1), (4,), (4, 3, 4, 4), (3,), (3, 1, 4, 4), (1,))

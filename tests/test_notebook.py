@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import distill_utils as du
+from tests.conftest import FEWER_IMAGES, NO_NETWORK
 
 ROOT = Path(du.__file__).parent
 NOTEBOOK = ROOT / "distill.ipynb"
@@ -70,7 +71,7 @@ def tracked_files() -> dict[Path, tuple[int, int]]:
 
 def test_the_whole_notebook_runs_on_mnist_and_writes_only_into_its_folder(tmp_path, mnist_root):
     before = tracked_files()
-    book = execute(tmp_path / "out", DATA_ROOT=mnist_root)
+    book = execute(tmp_path / "out", extra=FEWER_IMAGES, DATA_ROOT=mnist_root)
     text = output_of(book)
     assert "MNIST" in text
     assert "Warning" not in text
@@ -84,13 +85,7 @@ def test_the_whole_notebook_runs_on_mnist_and_writes_only_into_its_folder(tmp_pa
 
 
 def test_without_mnist_the_notebook_uses_digits_and_says_so_in_every_table_and_figure(tmp_path):
-    """MNIST's download is made to fail as it does without a network."""
-    no_network = """
-import torchvision
-def fail(self): raise RuntimeError('no network')
-torchvision.datasets.MNIST.download = fail
-"""
-    run = execute(tmp_path / "out", extra=no_network, DATA_ROOT=str(tmp_path / "nothing"))
+    run = execute(tmp_path / "out", extra=NO_NETWORK, DATA_ROOT=str(tmp_path / "nothing"))
     text = output_of(run)
     assert "MNIST is missing or damaged" in text
     assert "Continuing on scikit-learn digits" in text

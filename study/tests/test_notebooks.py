@@ -8,27 +8,12 @@ import nbformat
 import pytest
 
 import distill_utils as du
+from tests.conftest import FEWER_IMAGES, NO_NETWORK
 
 ROOT = Path(du.__file__).parent
 NOTEBOOKS = [ROOT / "study" / f"{name}.ipynb" for name in ("paper", "beyond")]
 TINY = {"NETWORKS": 1, "ITERATIONS": 2, "EPOCHS": 1}  # by the last word of a parameter's name
 MACHINE = re.compile(r"(?<![\w.])/(?:work|root|home|tmp|opt|usr|Users)/\w")
-FEWER_IMAGES = """
-import dataclasses
-whole = du.load_mnist
-def load_mnist(*arguments, **options):
-    mnist = whole(*arguments, **options)
-    parts = {name: getattr(mnist, name) for name in ("train", "validation", "test")}
-    parts = {name: du.Split(part.images[:2000], part.labels[:2000]) for name, part in parts.items()}
-    return dataclasses.replace(mnist, **parts)
-du.load_mnist = load_mnist
-"""
-NO_NETWORK = """
-import torchvision
-def fail(self): raise RuntimeError("no network")
-torchvision.datasets.MNIST.download = fail
-"""
-
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
