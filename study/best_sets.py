@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from torch import nn
+
 import distill_utils as du
 from study.architectures import TESTED_ON, ConvNet
-from study.controls import UNDISTILLED, learn_step_sizes, schedule_controls
+from study.controls import UNDISTILLED, compare_schedules, label_kinds, schedule_controls
 from study.decoding import fit_decoder, teach, train_teacher
 from study.evaluation import hard_labels, train_from_scratch, with_schedule_of
 from study.matching import feature_distance, gradient_distance, match
@@ -179,22 +181,22 @@ def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
 
 # ------------------------------------------------------------------------------------------------------- decoded sets
 def decoded_set(
-    study: Study, *, floats: int, steps: int, per_class: int, architectures: Sequence[str], ways: Sequence[str],
-    schedule: dict | None = None, seed: int = 0, **options,
+    study: Study, *, steps: int, per_class: int, architectures: Sequence[str], ways: Sequence[str],
+    schedule: dict | None = None, outer: dict | None = None, seed: int = 0, **options,
 ) -> None:  # fmt: skip
     """Fits a decoder with codes and soft labels, and distills them further if there is a `schedule`; architectures are
-    trained from scratch on the set and on its controls, in as many updates. The seed is that of all but these networks.
+    trained from scratch on the set and on its controls. The seed is that of all but these networks.
 
     Controls are random real images as multi-formation, with soft labels of the same teacher or true ones.
     """
-    dataset, share = dataset_of(study, study.name), study.fraction
-    begin = time.perf_counter()
-    teacher = train_teacher(dataset, networks=TEACHERS, epochs=max(1, round(6 * share)), seed=seed)
-    options["iterations"] = max(1, round(share * options["iterations"]))
-    decoded, true_labels = fit_decoder(dataset, teacher, floats=floats, seed=seed, **options)
+    dataset, begin = dataset_of(study, study.name), time.perf_counter()
+    teacher, decoded, true_labels = fit(study, dataset, seed=seed, **options)
     study.distillation_seconds = round(time.perf_counter() - begin)
     if schedule:
-        decoded, file = distill_decoded(study, dataset, decoded, seed=seed, **schedule)
+        decoded = in_steps(decoded, **schedule, **SMOOTHED)
+        file = study.distill(decoded, dataset, du.LeNet, seed=seed, **outer)
+        found = du.evaluate(decoded, dataset.test, du.LeNet, networks=max(1, study.networks // 2))
+        study.add("learned schedule", found.values, files=[file])
     else:
         file = study.save(decoded, dataset, seed=seed)
     real = du.init_from_real(dataset, steps=steps, per_class=4 * per_class, seed=seed)
@@ -202,46 +204,58 @@ def decoded_set(
     taught = teach(teacher, packed.decode().flatten(0, 1)).unflatten(0, packed.labels.shape[:2])
     taught = with_schedule_of(packed, packed.images, taught)
     sets = dict(zip(DECODED_ROWS, (decoded, true_labels, taught, packed), strict=True))
-    black = float(dataset.train.images.min())
-    for architecture in architectures:
-        rates, networks, shown = GENERAL[architecture]
-        make_network, networks = TESTED_ON[architecture], max(1, study.networks * networks // 200)
-        for title, images in sets.items():
-            for way in ways:
-                if way == "augmented" and "true" in title:
-                    continue  # soft labels are the stronger control
-                fill = black if way == "augmented" else None
-                train = partial(
-                    train_from_scratch, images, make_network=make_network, optimizer="Adam", batch_size=64, black=fill,
-                    epochs=max(1, round(share * shown / images.labels[..., 0].numel())), side_by_side=False,
-                )  # fmt: skip
-                step_size = best_step_size(train, dataset, rates)
-                found = train(dataset.test, networks=networks, step_size=step_size)
-                study.add(f"{architecture}, {title}, {way}", found.values, files=[file] * (images is decoded) or None)
+    for architecture, (title, images), way in itertools.product(architectures, sets.items(), ways):
+        if way == "plain" or "true" not in title:  # soft labels are the stronger control
+            found = train_by_adam(study, dataset, images, architecture, way)
+            study.add(f"{architecture}, {title}, {way}", found.values, files=[file] * (images is decoded) or None)
 
 
-def distill_decoded(
-    study: Study, dataset: du.Dataset, decoded: du.Decoded, *, steps: int, per_class: int, epochs: int, **options
-) -> tuple[du.Decoded, str]:  # fmt: skip
-    """Distills codes, decoder and labels for a learned schedule, and measures it before and after; returns the set with
-    its file's name. The control is the same set before, with step sizes of its own."""
-    n = per_class * dataset.classes  # images in a step; init_from_real puts the classes in turns
+def fit(
+    study: Study, dataset: du.Dataset, *, iterations: int, seed: int, **options
+) -> tuple[nn.Module, du.Decoded, du.Decoded]:  # fmt: skip
+    """A teacher, and the sets of `fit_decoder` with its labels and with true ones."""
+    teacher = train_teacher(dataset, networks=TEACHERS, epochs=max(1, round(6 * study.fraction)), seed=seed)
+    options["iterations"] = max(1, round(study.fraction * iterations))
+    return teacher, *fit_decoder(dataset, teacher, seed=seed, **options)
+
+
+def in_steps(decoded: du.Decoded, *, steps: int, per_class: int, **inner) -> du.Decoded:
+    """The first images of a decoded set in so many steps, with options of the inner loop."""
+    n = per_class * decoded.labels.shape[-1]  # images in a step; init_from_real puts the classes in turns
     content = [part.detach()[0, : steps * n].unflatten(0, (steps, n)) for part in (decoded.images, decoded.labels)]
     weights = {name: getattr(decoded, name).detach() for name in decoded.shared}
-    before = du.Decoded(*content, epochs=epochs, **SMOOTHED, **weights)
-    distilled, networks = copy.deepcopy(before), max(1, study.networks // 2)
-    file = study.distill(distilled, dataset, du.LeNet, **options)
-    start = du.best_constant_step_size(before, dataset, du.LeNet, step_sizes=STEP_SIZES)
-    controls = {
-        "constant step size": start,
-        "step sizes learned for it": learn_step_sizes(study, dataset, start, du.LeNet),
-    }
-    found = du.evaluate(distilled, dataset.test, du.LeNet, networks=networks)
-    study.add("learned schedule", found.values, files=[file])
-    for title, control in controls.items():
-        found = du.evaluate(control, dataset.test, du.LeNet, networks=max(1, networks // 2))
-        study.add(f"before distillation, {title}", found.values)
-    return distilled, file
+    return du.Decoded(*content, **inner, **weights)
+
+
+def train_by_adam(
+    study: Study, dataset: du.Dataset, images: du.DistilledSet, architecture: str, way: str
+) -> du.Accuracies:  # fmt: skip
+    """An architecture trained from scratch on a set, plain or augmented, with its best step size of Adam."""
+    rates, networks, shown = GENERAL[architecture]
+    fill = float(dataset.train.images.min()) if way == "augmented" else None
+    train = partial(
+        train_from_scratch, images, make_network=TESTED_ON[architecture], optimizer="Adam", batch_size=64, black=fill,
+        epochs=max(1, round(study.fraction * shown / images.labels[..., 0].numel())), side_by_side=False,
+    )  # fmt: skip
+    step_size = best_step_size(train, dataset, rates)
+    return train(dataset.test, networks=max(1, study.networks * networks // 200), step_size=step_size)
+
+
+def decoded_controls(study: Study, *, name: str) -> None:
+    """A distilled decoded set before its distillation: by as many updates, and from scratch."""
+    dataset, distilled, recipe = dataset_of(study, name), stored_set(study, name), DECODED[name]
+    options = {key: recipe[key] for key in ("floats", "codes", "channels", "iterations")}
+    fitted = fit(study, dataset, seed=0, **options)[1:]
+    before, true_labels = (in_steps(each, **recipe["schedule"], optimizer="Adam") for each in fitted)
+    kinds = {**label_kinds(distilled, true_labels.labels), "labels of the teacher": before.labels}
+    sets = {kind: with_schedule_of(before, before.images, labels) for kind, labels in kinds.items()}
+    options = {"title": BEFORE, "networks": max(1, study.networks // 4)}
+    compare_schedules(study, dataset, distilled, sets, du.LeNet, **options)
+    found = train_by_adam(study, dataset, sets["labels of the teacher"], "LeNet", "plain")
+    study.add(f"LeNet, {BEFORE}, soft labels, plain", found.values)
+
+
+BEFORE = "before distillation"
 
 
 def whole_set(study: Study) -> None:
@@ -282,7 +296,6 @@ DISTANCES = {"gradient matching": gradient_distance, "distribution matching": fe
 
 
 TEACHERS = 4  # LeNets
-STEP_SIZES = (0.001, 0.002, 0.003, 0.005, 0.01)  # of Adam, to choose from on validation images
 DECODED_ROWS = (
     "decoded, soft labels", "decoded, true labels",
     "random real images, soft labels", "random real images, true labels",
@@ -299,9 +312,8 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
     "mnist-ipc1-decoded-50steps": {
         "floats": 7_840, "steps": 1, "per_class": 1, "codes": 12, "channels": [6, 4], "iterations": 6_000,
         **MAIN,
-        "schedule": {
-            "steps": 5, "per_class": 3, "epochs": 10, "iterations": 600, "batch_size": 256, "learning_rate": 0.01,
-        },
+        "schedule": {"steps": 5, "per_class": 3, "epochs": 10},
+        "outer": {"iterations": 600, "batch_size": 256, "learning_rate": 0.01},
     },
     **{
         name: {
@@ -342,7 +354,7 @@ RIVALS = {  # two minutes each; learning rates chosen on validation images
 NEEDS = {  # experiments that load the set of another one
     "augmented": AUGMENTED,
     **{f"transfer-{name}": name for name in TRANSFERRED},
-    **{f"controls-{name}": name for name in SCHEDULED},
+    **{f"controls-{name}": name for name in (*SCHEDULED, "mnist-ipc1-decoded-50steps")},
 }
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
@@ -357,5 +369,10 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},
     **{f"controls-{name}": partial(controls, name=name) for name in SCHEDULED},
+    **{
+        f"controls-{name}": partial(decoded_controls, name=name)
+        for name, recipe in DECODED.items()
+        if "schedule" in recipe
+    },
     **{name: partial(rivalry, **options) for name, options in RIVALS.items()},
 }

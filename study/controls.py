@@ -22,26 +22,35 @@ def schedule_controls(
     study: Study, dataset: du.Dataset, distilled: du.DistilledSet, make_network: du.Factory = du.LeNet, *,
     networks: int,
 ) -> None:  # fmt: skip
-    """Keeps the accuracies of undistilled images, as many and of the same parametrization.
+    """Keeps the accuracies of undistilled images, as many and of the same parametrization."""
+    per_class = distilled.labels.shape[1] // dataset.classes
+    for title, initialize in UNDISTILLED.items():
+        images, labels = initialize(dataset, steps=distilled.steps, per_class=per_class)
+        sets = label_kinds(distilled, labels).items()
+        sets = {kind: undistilled_set(distilled, images, labels) for kind, labels in sets}
+        compare_schedules(study, dataset, distilled, sets, make_network, title=title, networks=networks)
+
+
+def compare_schedules(
+    study: Study, dataset: du.Dataset, distilled: du.DistilledSet, sets: dict[str, du.DistilledSet],
+    make_network: du.Factory, *, title: str, networks: int,
+) -> None:  # fmt: skip
+    """Keeps the accuracies of a control with each of several kinds of labels, by as many updates as the distilled set.
 
     Every kind of labels gets its best constant step size. The kind that is best on validation images is then tested
     with step sizes learned for these very images by the same outer loop, and with those of the distilled set.
     """
-    step_sizes, per_class = STEP_SIZES[distilled.optimizer], distilled.labels.shape[1] // dataset.classes
-    for title, initialize in UNDISTILLED.items():
-        pair = initialize(dataset, steps=distilled.steps, per_class=per_class)
-        constant = {}
-        for kind, labels in label_kinds(distilled, pair[1]).items():
-            borrowed = undistilled_set(distilled, pair[0], labels)
-            constant[kind] = du.best_constant_step_size(borrowed, dataset, make_network, step_sizes=step_sizes)
-            found = du.evaluate(constant[kind], dataset.test, make_network, networks=networks)
-            study.add(f"{title}, {kind}, constant step size {constant[kind].step_sizes[0]:.4g}", found.values)
-        kind = max(constant, key=lambda each: du.validation_accuracy(constant[each], dataset, make_network, networks=5))
-        learned = learn_step_sizes(study, dataset, constant[kind], make_network)
-        borrowed = copy.deepcopy(constant[kind]).set_step_sizes(distilled.step_sizes)
-        for schedule, control in (("learned for them", learned), ("of the distilled set", borrowed)):
-            found = du.evaluate(control, dataset.test, make_network, networks=networks)
-            study.add(f"{title}, {kind}, step sizes {schedule}", found.values)
+    constant, step_sizes = {}, STEP_SIZES[distilled.optimizer]
+    for kind, control in sets.items():
+        constant[kind] = du.best_constant_step_size(control, dataset, make_network, step_sizes=step_sizes)
+        found = du.evaluate(constant[kind], dataset.test, make_network, networks=networks)
+        study.add(f"{title}, {kind}, constant step size {constant[kind].step_sizes[0]:.4g}", found.values)
+    kind = max(constant, key=lambda each: du.validation_accuracy(constant[each], dataset, make_network, networks=5))
+    learned = learn_step_sizes(study, dataset, constant[kind], make_network)
+    borrowed = copy.deepcopy(constant[kind]).set_step_sizes(distilled.step_sizes)
+    for schedule, control in (("learned for them", learned), ("of the distilled set", borrowed)):
+        found = du.evaluate(control, dataset.test, make_network, networks=networks)
+        study.add(f"{title}, {kind}, step sizes {schedule}", found.values)
 
 
 def learn_step_sizes(

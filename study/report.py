@@ -21,6 +21,7 @@ from study.ablation import LEFT_OUT, TECHNIQUES
 from study.architectures import TESTED_ON
 from study.best_sets import (
     AUGMENTED,
+    BEFORE,
     CONTROLS,
     DECODED,
     DECODED_ROWS,
@@ -162,15 +163,16 @@ def main_row(name: str) -> str:
 
 def control_accuracies(results: Results, name: str) -> dict[str, du.Accuracies]:
     """What undistilled images reach under the protocol that a set is made for, by images, labels and schedule."""
-    if name in DECODED:
-        kind = "before distillation" if "schedule" in DECODED[name] else "LeNet, random real images"
-        rows = results.find(name).row.drop_duplicates()
-        rows = rows[rows.str.startswith(kind) & ~rows.str.endswith("augmented")]
-        return {row.removeprefix("LeNet, ").removesuffix(", plain"): results.pooled(name, row) for row in rows}
+    if name in DECODED and "schedule" not in DECODED[name]:
+        return {title: results.pooled(name, f"LeNet, {title}, plain") for title in DECODED_ROWS[2:]}
     scratch = name.endswith("-scratch")
     experiment, kind = (name, "control: ") if scratch else (f"controls-{name}", "")
     rows = results.find(experiment).row.str.replace("(?<=constant step size).*", "", regex=True).unique()
-    rows = [row.removeprefix(kind) for row in rows if row.startswith(tuple(kind + images for images in UNDISTILLED))]
+    rows = [
+        row.removeprefix(kind)
+        for row in rows
+        if row.startswith(tuple(kind + images for images in (*UNDISTILLED, BEFORE)))
+    ]
     return {row: results.pooled(experiment, kind + row) for row in rows}
 
 
@@ -513,10 +515,10 @@ def describe_decoded(name: str, distilled: du.DistilledSet) -> tuple[str, dict[s
     labels = (
         f"{list(distilled.labels.shape)}: steps, labels, classes; predicted by {TEACHERS} LeNets trained on all images"
     )
-    if schedule := options.get("schedule"):
+    if outer := options.get("outer"):
         uses = {"learned schedule": f"{schedule_text(distilled)} **(intended use)**", "from scratch": scratch}
-        outer = ", ".join(f"{key} {schedule[key]}" for key in ("iterations", "batch_size", "learning_rate"))
-        outer, labels = outer.replace("_", " "), f"{labels}, then learned"
+        outer = ", ".join(f"{key} {value}" for key, value in outer.items()).replace("_", " ")
+        labels += ", then learned"
     else:
         uses, outer = {"from scratch": f"{scratch} **(intended use)**"}, "none: no training is differentiated"
     return (
