@@ -6,6 +6,7 @@ experiment, and a line of sets.csv for each distilled set that a row of accuraci
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -48,6 +49,12 @@ class Results:
     def find(self, experiment: str) -> pd.DataFrame:
         """The accuracies of an experiment, or of all its seeds where the name is given without."""
         return self.accuracies[self.accuracies.experiment.str.fullmatch(f"{experiment}(-seed[0-9])?")]
+
+    def without_seeds(self) -> Results:
+        """The results of one run of each experiment."""
+        one = copy.copy(self)
+        one.accuracies = self.accuracies[~self.accuracies.experiment.str.contains("-seed[0-9]$")]
+        return one
 
     def values(self, experiment: str, row: str) -> list[list[float]]:
         """Accuracies of the networks of each set, in rows that begin with `row`; experiments as for `find`."""

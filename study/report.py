@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import torch
 import torchvision
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -38,7 +37,7 @@ from study.controls import UNDISTILLED
 from study.decoding import stored_floats
 from study.evaluation import label_robust_score
 from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
-from study.records import RESULTS, Results, read_metadata
+from study.records import RESULTS, Results, Study, read_metadata
 
 
 def draw_images(panels: dict[str, Tensor], *, columns: int = 10) -> Figure:
@@ -349,20 +348,32 @@ def transfer_table(results: Results, name: str = TRANSFERRED[0]) -> str:
 
 def decoded_table(results: Results, *names: str) -> str:
     """Architectures trained from scratch on decoded sets and on random real images as multi-formation, and the lead
-    over the best control; the labels of both come from one teacher, or are true."""
+    over the best control, of other experiments too; the labels of both come from one teacher, or are true."""
     rows = []
     for name, architecture, way in itertools.product(names or DECODED, GENERAL, ("plain", "augmented")):
+        row, *others = (f"{architecture}, {title}, {way}" for title in DECODED_ROWS)
         stored = set(results.find(name).row)
-        found = [f"{architecture}, {title}, {way}" for title in DECODED_ROWS]
-        if found[0] not in stored:
-            continue
-        found = [results.pooled(name, row) if row in stored else "" for row in found]
-        controls = (
-            found[1:] if "schedule" in DECODED[name] else found[2:]
-        )  # a decoded set can be one of a distilled set
-        lead = found[0].mean - max(each.mean for each in controls if each)
-        rows.append([name, architecture, way, *found, f"{lead:+.1f}", len(found[0].values)])
-    return markdown_table(["set", "network", "training", *DECODED_ROWS, "lead", "networks"], rows)
+        if row in stored:
+            found = [results.pooled(name, each) if each in stored else "" for each in (row, *others)]
+            found.append(elsewhere(results, name, architecture))
+            controls = found[1:] if "schedule" in DECODED[name] else found[2:]  # what a set was before distillation
+            lead = found[0].mean - max(each.mean for each in controls if each)
+            sets = results.values(name, row)
+            networks = f"{len(sets)}×{len(sets[0])}" if len(sets) > 1 else len(sets[0])
+            rows.append([name, architecture, way, *found, f"{lead:+.1f}", networks])
+    return markdown_table(["set", "network", "training", *DECODED_ROWS, ELSEWHERE, "lead", "networks"], rows)
+
+
+ELSEWHERE = "best control of other experiments, plain"
+
+
+def elsewhere(results: Results, name: str, architecture: str) -> du.Accuracies | str:
+    """The best control of the same storage, from scratch and not augmented, that other experiments have; or nothing."""
+    transfer, own = f"transfer-{name.replace('decoded', 'mf2-scratch')}", f"controls-{name}"
+    wanted = {(transfer, f"{architecture}, {title}, plain") for title in UNDISTILLED}
+    wanted.add((own, f"{architecture}, {BEFORE}, soft labels, plain"))
+    there = [results.pooled(*pair) for pair in wanted if pair[1] in set(results.find(pair[0]).row)]
+    return max(there, key=lambda each: each.mean, default="")
 
 
 def rivals_table(results: Results) -> str:
@@ -387,6 +398,12 @@ def reported_table(results: Results) -> str:
         names = [f"mnist-ipc{count}{form}-scratch" for count in counts]
         found = [counted(results, name, "from scratch") if name in RECIPES else "" for name in names]
         rows.append(["MNIST", "here", "LeNet", *found, f"from scratch; {protocol_here}", "measured here"])
+    names, row = (
+        ("mnist-ipc1-decoded-50steps", "mnist-ipc10-decoded", "mnist-ipc50-decoded"),
+        f"LeNet, {DECODED_ROWS[0]}",
+    )
+    found = [counted(results, name, f"{row}, plain") for name in names]
+    rows.append(["MNIST", "here", "LeNet", *found, "from scratch by Adam; decoded", "measured here"])
     images = [f"{count} image{'s' * (count != '1')} per class" for count in counts]
     return markdown_table(["dataset", "method", "network", *images, "protocol", "source"], rows)
 
@@ -396,20 +413,30 @@ def headline_table(paper: Results, best: Results) -> str:
 
     def beside(results: Results, name: str) -> list:
         title, accuracies = strongest_control(results, name)
-        title = title if name in DECODED else title.partition(",")[0]
+        title = title if title in DECODED_ROWS else title.partition(",")[0]
         control = f"{accuracies} ({title}, n={len(accuracies.values)})" if title else ""
         return [control, counted(results, name, main_row(name))]
 
     rows = [
         ["10, fixed initialization", "3 updates of SGD", "93.8 (Wang et al.)", *beside(paper, "fixed-10")],
         ["100", "30 updates of SGD", "79.5 ± 8.1 (Wang et al.)", *beside(paper, "random-noise")],
-        ["100", "30 updates of Adam", "82.7 ± 2.8 (Sucholutsky and Schonlau)", *beside(best, "mnist-ipc10-30steps")],
+        ["100", "30 updates of Adam", "82.7 ± 2.8† (Sucholutsky and Schonlau)", *beside(best, "mnist-ipc10-30steps")],
         ["100, multi-formation", "100 updates of Adam", "", *beside(best, "mnist-ipc10-mf2-100steps")],
-        ["storage of 10, decoded", "50 updates of Adam", "", *beside(best, "mnist-ipc1-decoded-50steps")],
-        ["100", "from scratch", "93.9 ± 0.6 (Zhao et al., augmented)", *beside(best, "mnist-ipc10-scratch")],
+        [
+            "storage of 10, decoded",
+            "50 updates of Adam",
+            IDC.format("94.2"),
+            *beside(best, "mnist-ipc1-decoded-50steps"),
+        ],
+        ["100", "from scratch", "93.9 ± 0.6† (Zhao et al., augmented)", *beside(best, "mnist-ipc10-scratch")],
         ["storage of 100, decoded", "from scratch, Adam", IDC.format("98.4"), *beside(best, "mnist-ipc10-decoded")],
         ["storage of 500, decoded", "from scratch, Adam", IDC.format("99.1"), *beside(best, "mnist-ipc50-decoded")],
-        ["storage of 100, decoded, Fashion-MNIST", "from scratch, Adam", "", *beside(best, "fashion-ipc10-decoded")],
+        [
+            "storage of 100, decoded, Fashion-MNIST",
+            "from scratch, Adam",
+            IDC.format("86.0"),
+            *beside(best, "fashion-ipc10-decoded"),
+        ],
     ]
     return markdown_table(["stored images", "training", "reported (%)", "best control", "this project"], rows)
 
@@ -442,7 +469,7 @@ CARD = """# {name}
 
 {description}
 New LeNets, with initial weights not used to make the set, reach **{main}** (n={networks}) on the test images.
-The best control without distillation reaches {control} ({title}, n={control_networks}).
+The best control with undistilled images reaches {control} ({title}, n={control_networks}).
 
 {facts}
 
@@ -460,16 +487,17 @@ ONE_SET = "Accuracy on the 10,000 test images, mean ± std over new networks (dr
 DECODED_ACCURACIES = f"""{ONE_SET}
 The images of the random real controls take the storage that the set's name counts, in multi-formation with factor 2
 (four small images in each stored one); their labels come on top. From scratch, Adam's step size is chosen on validation
-images for each network and kind of images, where the study tries several. All runs of a network have the same number of
-updates. *Augmented*: images are randomly rotated, shifted and scaled in every update. *Lead*: the difference from the
-best control, before rounding; for a set distilled after decoding, decoded images with true labels are a control too."""
+images for each network and kind of images, where the study tries several. All runs of a network see the same number of
+images. *Augmented*: images are randomly rotated, shifted and scaled in every update. *Lead*: the difference from the
+best control, before rounding; for a set distilled after decoding, what it was before is a control too."""
 
 
 def card(name: str, path: Path, results: Results) -> str:
     """What a user of the shipped set in the file `path` wants to know, in Markdown."""
     metadata, distilled, decoded = read_metadata(path), du.DistilledSet.load(path), name in DECODED
+    results = results.without_seeds()  # of the shipped set, not of others
     shown, (title, control) = main_row(name), strongest_control(results, name)
-    main = du.Accuracies(torch.tensor(results.values(name, shown)[0]))  # of the shipped set, not of other seeds
+    main = results.pooled(name, shown)
     described, facts = (describe_decoded if decoded else describe_distilled)(name, distilled)
     use = USES["decoded" if shown.startswith("LeNet") else shown]
     return CARD.format(
@@ -510,7 +538,7 @@ def describe_decoded(name: str, distilled: du.DistilledSet) -> tuple[str, dict[s
     options = DECODED[name]
     floats, own = stored_floats(distilled), distilled.images.numel() + distilled.labels.numel()
     several = "any network and optimizer" if len(options["architectures"]) > 1 else "tested only on LeNets"
-    scratch = f"Adam, shuffled batches of 64, {GENERAL['LeNet'][2]:,} images in all for LeNet; {several}"
+    scratch = f"Adam at 0.001 or 0.003, batches of 64, {GENERAL['LeNet'][2]:,} images in all for LeNet; {several}"
     start = "codes of random training images, and a decoder from an autoencoder of all of them"
     labels = (
         f"{list(distilled.labels.shape)}: steps, labels, classes; predicted by {TEACHERS} LeNets trained on all images"
@@ -545,10 +573,11 @@ def facts_of_file(name: str, distilled: du.DistilledSet, metadata: dict, results
     """What the file itself says, and how the set's experiment ran."""
     mean, std, run = float(metadata["mean"]), float(metadata["std"]), results.run(name)
     low, high = (float(each) * std + mean for each in distilled.decode().detach().aminmax())
+    networks = f" --networks {run.networks}" if run.networks != Study.networks else ""
     return {
         "normalization": f"`(pixel - {mean:.4f}) / {std:.4f}`, pixels in 0..1; exact values are in the file's metadata",
         "pixel range": f"{low:.2f} to {high:.2f} as pixels; clip to 0..1 to look at them, not to train",
-        "made by": f"`python -m study best --only {name}`, seed {metadata['seed']}, one distillation",
+        "made by": f"`python -m study best --only {name}{networks}`, seed {metadata['seed']}, one run",
         "computed on": f"{run.machine}; {run.versions}; {run.seconds / 60:.0f} minutes, including tests",
     }
 
@@ -556,8 +585,7 @@ def facts_of_file(name: str, distilled: du.DistilledSet, metadata: dict, results
 def distilled_accuracies(name: str, distilled: du.DistilledSet, results: Results) -> str:
     """The accuracies of a distilled set by both protocols, beside its controls."""
     rows = ["learned schedule", "from scratch", *(f"control: {title}" for title in CONTROLS)]
-    shipped = {row: du.Accuracies(torch.tensor(results.values(name, row)[0])) for row in rows}  # not of other seeds
-    found = [(row.replace("control:", "from scratch, control:"), shipped[row]) for row in rows]
+    found = [(row.replace("control:", "from scratch, control:"), results.pooled(name, row)) for row in rows]
     controls = ((row, results.pooled(f"controls-{name}", row)) for row in results.find(f"controls-{name}").row.unique())
     found += [(f"{distilled.updates} updates, control: {row}", each) for row, each in controls]
     table = markdown_table(["trained", "accuracy", "networks"], [[*row, len(row[1].values)] for row in found])
@@ -572,14 +600,12 @@ def decoded_accuracies(name: str, _: du.DistilledSet, results: Results) -> str:
 
 
 def decoded_schedule(results: Results, name: str) -> str:
-    """The learned schedule of a decoded set, beside the same set before distillation and the best control of the set
-    in multi-formation of as many floats and updates."""
+    """The learned schedule of a decoded set, beside the same set before distillation and the best control of a set in
+    multi-formation of as many floats and updates."""
     rows = [["learned schedule", counted(results, name, "learned schedule")]]
-    rows += [[title, counted(results, name, title)] for title in control_accuracies(results, name)]
     title, accuracies = strongest_control(results, RIVAL_OF_DECODED)
-    rows.append(
-        [f"undistilled multi-formation of as many floats: {title}", f"{accuracies} (n={len(accuracies.values)})"]
-    )
+    controls = control_accuracies(results, name) | {f"best control of `{RIVAL_OF_DECODED}`: {title}": accuracies}
+    rows += [[title, f"{found} (n={len(found.values)})"] for title, found in controls.items()]
     return markdown_table(["LeNet, 50 updates by Adam", "test accuracy"], rows)
 
 
