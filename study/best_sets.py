@@ -327,6 +327,7 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
         **MAIN,
     },
 }  # fmt: skip
+DISTILLED = tuple(name for name, recipe in DECODED.items() if "schedule" in recipe)  # of the decoded sets
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
 SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times
 MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}  # more than one image per class
@@ -354,7 +355,7 @@ RIVALS = {  # two minutes each; learning rates chosen on validation images
 NEEDS = {  # experiments that load the set of another one
     "augmented": AUGMENTED,
     **{f"transfer-{name}": name for name in TRANSFERRED},
-    **{f"controls-{name}": name for name in (*SCHEDULED, "mnist-ipc1-decoded-50steps")},
+    **{f"controls-{name}": name for name in (*SCHEDULED, *DISTILLED)},
 }
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
@@ -369,10 +370,6 @@ EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     "augmented": augmented_training,
     **{f"transfer-{name}": partial(transfer, name=name) for name in TRANSFERRED},
     **{f"controls-{name}": partial(controls, name=name) for name in SCHEDULED},
-    **{
-        f"controls-{name}": partial(decoded_controls, name=name)
-        for name, recipe in DECODED.items()
-        if "schedule" in recipe
-    },
+    **{f"controls-{name}": partial(decoded_controls, name=name) for name in DISTILLED},
     **{name: partial(rivalry, **options) for name, options in RIVALS.items()},
 }

@@ -24,6 +24,7 @@ from study.best_sets import (
     CONTROLS,
     DECODED,
     DECODED_ROWS,
+    DISTILLED,
     GENERAL,
     RECIPES,
     RIVAL_NETWORKS,
@@ -157,12 +158,12 @@ def main_row(name: str) -> str:
     """The row of the accuracy that an experiment is made for."""
     if name in CONTROLLED:
         return CONTROLLED[name]
-    return f"LeNet, {DECODED_ROWS[0]}, plain" if name in DECODED and "schedule" not in DECODED[name] else protocol(name)
+    return f"LeNet, {DECODED_ROWS[0]}, plain" if name in DECODED and name not in DISTILLED else protocol(name)
 
 
 def control_accuracies(results: Results, name: str) -> dict[str, du.Accuracies]:
     """What undistilled images reach under the protocol that a set is made for, by images, labels and schedule."""
-    if name in DECODED and "schedule" not in DECODED[name]:
+    if name in DECODED and name not in DISTILLED:
         return {title: results.pooled(name, f"LeNet, {title}, plain") for title in DECODED_ROWS[2:]}
     scratch = name.endswith("-scratch")
     experiment, kind = (name, "control: ") if scratch else (f"controls-{name}", "")
@@ -356,7 +357,7 @@ def decoded_table(results: Results, *names: str) -> str:
         if row in stored:
             found = [results.pooled(name, each) if each in stored else "" for each in (row, *others)]
             found.append(elsewhere(results, name, architecture))
-            controls = found[1:] if "schedule" in DECODED[name] else found[2:]  # what a set was before distillation
+            controls = found[1:] if name in DISTILLED else found[2:]  # what a set was before distillation
             lead = found[0].mean - max(each.mean for each in controls if each)
             sets = results.values(name, row)
             networks = f"{len(sets)}×{len(sets[0])}" if len(sets) > 1 else len(sets[0])
@@ -398,11 +399,8 @@ def reported_table(results: Results) -> str:
         names = [f"mnist-ipc{count}{form}-scratch" for count in counts]
         found = [counted(results, name, "from scratch") if name in RECIPES else "" for name in names]
         rows.append(["MNIST", "here", "LeNet", *found, f"from scratch; {protocol_here}", "measured here"])
-    names, row = (
-        ("mnist-ipc1-decoded-50steps", "mnist-ipc10-decoded", "mnist-ipc50-decoded"),
-        f"LeNet, {DECODED_ROWS[0]}",
-    )
-    found = [counted(results, name, f"{row}, plain") for name in names]
+    names = ("mnist-ipc1-decoded-50steps", "mnist-ipc10-decoded", "mnist-ipc50-decoded")
+    found = [counted(results, name, f"LeNet, {DECODED_ROWS[0]}, plain") for name in names]
     rows.append(["MNIST", "here", "LeNet", *found, "from scratch by Adam; decoded", "measured here"])
     images = [f"{count} image{'s' * (count != '1')} per class" for count in counts]
     return markdown_table(["dataset", "method", "network", *images, "protocol", "source"], rows)
@@ -503,9 +501,7 @@ def card(name: str, path: Path, results: Results) -> str:
     return CARD.format(
         name=name, dataset=metadata["dataset"], description=described.format(dataset=metadata["dataset"]),
         main=main, networks=len(main.values), title=title, control=control, control_networks=len(control.values),
-        facts="\n".join(f"| {key} | {value} |" for key, value in [
-            ("", ""), ("---", "---"), *facts.items(), *facts_of_file(name, distilled, metadata, results).items(),
-        ]),
+        facts=markdown_table(["", ""], list((facts | facts_of_file(name, distilled, metadata, results)).items())),
         imports="import distill_utils as du" + "\nimport torch" * ("torch" in use),
         use=use.format(epochs=round(GENERAL["LeNet"][2] / distilled.labels[..., 0].numel())),
         accuracies=(decoded_accuracies if decoded else distilled_accuracies)(name, distilled, results),
@@ -595,7 +591,7 @@ def distilled_accuracies(name: str, distilled: du.DistilledSet, results: Results
 
 def decoded_accuracies(name: str, _: du.DistilledSet, results: Results) -> str:
     """The accuracies of a decoded set by the protocols that it was tested in, beside its controls."""
-    schedule = f"{decoded_schedule(results, name)}\n\n" if "schedule" in DECODED[name] else ""
+    schedule = f"{decoded_schedule(results, name)}\n\n" if name in DISTILLED else ""
     return f"{DECODED_ACCURACIES}\n\n{schedule}{decoded_table(results, name)}"
 
 

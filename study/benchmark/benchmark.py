@@ -32,6 +32,7 @@ from study.benchmark import rivals
 from study.report import markdown_table
 from study.truncation import Checkpointed
 
+TOLERANCE = 1e-3  # of a gradient's norm
 Problem = tuple[du.DistilledSet, list[nn.Module], du.Split]  # what a method takes: set, networks, real batch
 
 
@@ -45,7 +46,7 @@ def ensemble_gradient(
 
 
 def jax_scan(*problem: object) -> None:
-    from study.benchmark import in_jax  # here, as only the benchmark has JAX installed, and a process is pinned first
+    from study.benchmark import in_jax  # here, as a process is pinned before it starts JAX
 
     in_jax.jax_scan(*problem)
 
@@ -60,7 +61,6 @@ METHODS = {
     "(e) forward over reverse, as in MixFlow-MG": rivals.forward_over_reverse,
     "(f) JAX, compiled": jax_scan,
 }
-OURS = next(iter(METHODS))
 
 
 def make_problem(
@@ -73,6 +73,11 @@ def make_problem(
         real = du.Split(torch.randn(batch_size, 1, 28, 28), torch.randint(10, (batch_size,)))
         lenets = [du.LeNet().to(device) for _ in range(networks)]
     return distilled, lenets, du.Split(*(part.to(device) for part in real))
+
+
+def as_dataset(real: du.Split) -> du.Dataset:
+    """Random images as a dataset, as `du.Distillation` takes it."""
+    return du.Dataset("random", 0.0, 1.0, real, real, real, classes=10)
 
 
 def apart(function: Callable, *arguments: object, cores: int = 1) -> object:
@@ -174,15 +179,21 @@ def gradient() -> str:
 
 
 def check_gradient(method: Callable) -> None:
-    """Raises ValueError unless a method gives this project's gradient; after 10 updates, as long unrolls amplify
-    rounding."""
+    """Raises ValueError unless a method gives this project's gradient."""
+    error = gradient_error(method)
+    du.require(error < TOLERANCE, f"{method.__name__}: its gradient is off by {error:.1e} of the norm")
+
+
+def gradient_error(method: Callable = ensemble_gradient, *, device: torch.device | str = "cpu") -> float:
+    """How far a method's meta-gradient in float32 is from this project's on the CPU, relative to its norm; after 10
+    updates, as long unrolls amplify rounding."""
     gradients = []
-    for compute in (ensemble_gradient, method):
-        problem = make_problem(updates=10, networks=2)
+    for compute, where in ((ensemble_gradient, "cpu"), (method, device)):
+        problem = make_problem(updates=10, networks=2, device=where)  # the same numbers on each
         compute(*problem)
-        gradients.append(torch.cat([each.grad.flatten() for each in (problem[0].images, problem[0].raw_step_sizes)]))
-    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    du.require(error < 1e-3, f"{method.__name__}: its gradient is off by {error:.1e} of the norm")
+        learned = problem[0].images, problem[0].raw_step_sizes
+        gradients.append(torch.cat([each.grad.flatten().cpu() for each in learned]))
+    return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
 
 
 def time_gradient(method: Callable, networks: int, repeats: int) -> tuple[list[float], float]:
@@ -215,8 +226,7 @@ def work_in_a_job(rank: int, count: int, networks: int, folder: str) -> None:
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
     distilled, _, real = make_problem(batch_size=4096)
-    random = du.Dataset("random", 0.0, 1.0, real, real, real, classes=10)
-    run = du.Distillation(distilled, random, du.LeNet, iterations=1, networks=networks)
+    run = du.Distillation(distilled, as_dataset(real), du.LeNet, iterations=1, networks=networks)
     run.rank, found = rank, []
     for _ in range(6):
         unroll = seconds(run.compute_gradient)
@@ -279,9 +289,8 @@ def time_larger(unroll: Callable, *, width: int = 128, epochs: int = 6, repeats:
         real = du.Split(torch.randn(1000, 3, 32, 32), torch.randint(10, (1000,)))
         images = torch.randn(10, 10, 3, 32, 32)
     distilled = du.DistilledSet(images, torch.eye(10).repeat(10, 1, 1), epochs=epochs, step_size=0.01, momentum=0.9)
-    random = du.Dataset("random", 0.0, 1.0, real, real, real, classes=10)
     make_network = partial(ConvNet, width=width, channels=3, size=32)
-    run = du.Distillation(distilled, random, make_network, iterations=1, unroll=unroll)
+    run = du.Distillation(distilled, as_dataset(real), make_network, iterations=1, unroll=unroll)
     return timed(run.compute_gradient, repeats=repeats, clock=time.perf_counter)
 
 

@@ -25,12 +25,11 @@ from nbclient import NotebookClient
 import distill_utils as du
 from study import running
 from study.benchmark import benchmark
-from study.benchmark.benchmark import ensemble_gradient, make_problem, seconds
+from study.benchmark.benchmark import TOLERANCE, ensemble_gradient, gradient_error, make_problem, seconds
 from study.evaluation import train_from_scratch
 from study.report import markdown_table
 
 SCHEDULE, SCRATCH = "mnist-ipc1-mf2-50steps", "mnist-ipc10-decoded"
-TOLERANCE = 1e-3  # of the gradient's norm
 
 
 def card_name(device: torch.device) -> str:
@@ -38,16 +37,6 @@ def card_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {device.type}, {torch.get_num_threads()} threads"
-
-
-def gradient_error(device: torch.device) -> float:
-    """How far a meta-gradient in float32 is from the CPU's, relative to its norm."""
-    gradients = []
-    for where in (torch.device("cpu"), device):
-        problem = make_problem(updates=10, networks=2, device=where)  # the same numbers on each
-        ensemble_gradient(*problem)
-        gradients.append(problem[0].images.grad.cpu())
-    return float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
 
 
 def continue_elsewhere(dataset: du.Dataset, cpu: du.Dataset) -> str:
@@ -146,7 +135,7 @@ def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64, 256), data_r
     print(f"# {card_name(place)}\n\nPython {platform.python_version()}, torch {torch.__version__}\n")
     for tf32 in (False, True) if place.type == "cuda" else (False,):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        error = gradient_error(place)
+        error = gradient_error(device=place)
         assert tf32 or error < TOLERANCE, f"the meta-gradient differs from the CPU's by {error:.1e} of its norm"
         print(f"- Meta-gradient, TF32 {'on' if tf32 else 'off'}: {error:.1e} of its norm from the CPU's")
         table = markdown_table(["networks", "seconds", "seconds for each", "MiB"], ensembles(place, sizes))

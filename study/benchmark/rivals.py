@@ -6,6 +6,7 @@ mean loss in the distilled set. All use plain SGD, and but for the ensemble trai
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import higher
 import torch
@@ -28,31 +29,33 @@ def higher_loop(distilled: du.DistilledSet, networks: list[nn.Module], real: du.
             (F.cross_entropy(trained(real.images), real.labels) / len(networks)).backward()
 
 
+def functional_unroll(
+    network: nn.Module, distilled: du.DistilledSet, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    """A hand-written loop over `torch.func.functional_call`; returns the trained network, a function of images."""
+    weights = {name: weight.detach().requires_grad_() for name, weight in network.named_parameters()}
+    for images, labels, step_size in distilled.schedule():
+        found = loss(functional_call(network, weights, images), labels)
+        gradients = torch.autograd.grad(found, list(weights.values()), create_graph=True)
+        pairs = zip(weights.items(), gradients, strict=True)
+        weights = {name: weight - step_size * gradient for (name, weight), gradient in pairs}
+    return partial(functional_call, network, weights)
+
+
 def functional_loop(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
-    """A hand-written loop over `torch.func.functional_call`: nothing but torch."""
+    """One hand-written loop for each network: nothing but torch."""
     distilled.zero_grad()
     for network in networks:
-        weights = {name: weight.detach().requires_grad_() for name, weight in network.named_parameters()}
-        for images, labels, step_size in distilled.schedule():
-            loss = F.cross_entropy(functional_call(network, weights, images), labels)
-            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-            pairs = zip(weights.items(), gradients, strict=True)
-            weights = {name: weight - step_size * gradient for (name, weight), gradient in pairs}
-        (F.cross_entropy(functional_call(network, weights, real.images), real.labels) / len(networks)).backward()
+        trained = functional_unroll(network, distilled, F.cross_entropy)
+        (F.cross_entropy(trained(real.images), real.labels) / len(networks)).backward()
 
 
 def functional_ensemble(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
-    """The same loop, with all networks in one ensemble."""
+    """One hand-written loop for all networks, in an ensemble."""
     distilled.zero_grad()
-    ensemble = du.Ensemble(networks)
-    weights = {name: weight.detach().requires_grad_() for name, weight in ensemble.named_parameters()}
-    for images, labels, step_size in distilled.schedule():
-        loss = du.training_loss(functional_call(ensemble, weights, images), labels)
-        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-        pairs = zip(weights.items(), gradients, strict=True)
-        weights = {name: weight - step_size * gradient for (name, weight), gradient in pairs}
+    trained = functional_unroll(du.Ensemble(networks), distilled, du.training_loss)
     labels = F.one_hot(real.labels, distilled.labels.shape[-1]).to(real.images)
-    (du.training_loss(functional_call(ensemble, weights, real.images), labels) / len(networks)).backward()
+    (du.training_loss(trained(real.images), labels) / len(networks)).backward()
 
 
 def torchopt_loop(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
@@ -103,7 +106,6 @@ def forward_over_reverse(distilled: du.DistilledSet, networks: list[nn.Module], 
     distilled.zero_grad()
     for network in networks:
         forward = flat_forward(network)
-
         weights = nn.utils.parameters_to_vector(network.parameters()).detach()
         schedule, taken = list(distilled.schedule()), []
         for images, labels, step_size in schedule:

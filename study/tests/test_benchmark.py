@@ -89,7 +89,7 @@ def test_the_time_to_an_accuracy_is_that_of_whole_iterations(monkeypatch, mnist_
 
 
 def test_the_device_report_measures_what_it_prints(toy):
-    assert devices.gradient_error(torch.device("cpu")) < devices.TOLERANCE
+    assert devices.gradient_error(device=torch.device("cpu")) < devices.TOLERANCE
     assert [row[0] for row in devices.ensembles(torch.device("cpu"), (1, 2))] == [1, 2]
 
 

@@ -108,6 +108,13 @@ def test_a_card_says_what_a_user_wants_to_know(name):
     assert f"**{results.pooled(name, report.main_row(name))}** (n=" in first_screen
     assert f"The best control with undistilled images reaches {control} ({title}, n=" in first_screen
     assert str(control) in rest
+    assert f'du.load("{name}")' in program
+    assert "seed 10000" in rest
+    if name in best_sets.DECODED:
+        assert report.decoded_table(results, name) in rest
+    else:
+        assert "learned schedule" in first_screen
+        assert "k-means centers, true labels" in rest
     assert not re.search(OLD_WORDS, text)
     compile(program, name, "exec")
 
