@@ -26,7 +26,11 @@ import distill_utils as du
 from study import ablation, best_sets, paper, report
 from study.records import RESULTS, Results, Study
 
-PARTS = {"paper": paper.EXPERIMENTS, "ablation": ablation.EXPERIMENTS, "best": best_sets.EXPERIMENTS}
+PARTS = {
+    "paper": paper.EXPERIMENTS,
+    "ablation": ablation.EXPERIMENTS,
+    "best": best_sets.EXPERIMENTS,
+}
 NEEDS = {**paper.NEEDS, **best_sets.NEEDS}
 ERRORS = (ValueError, FloatingPointError, OSError)
 Job = tuple[str, str]  # a part, and the name of an experiment
@@ -59,7 +63,9 @@ class Options:
     report: bool = False
 
     def __post_init__(self) -> None:
-        du.require(0 < self.fraction <= 1, f"--fraction {self.fraction}: give more than 0 and at most 1")
+        du.require(
+            0 < self.fraction <= 1, f"--fraction {self.fraction}: give more than 0 and at most 1"
+        )
         du.require_counts(networks=self.networks, workers=self.workers)
         du.pick_device(self.device)
         names = [name for part in self.parts for name in PARTS[part]]
@@ -129,13 +135,18 @@ def run_side_by_side(jobs: list[Job], options: Options) -> None:
             for job in ready[: options.workers - len(running)]:
                 waiting.remove(job)
                 running[job] = context.Process(target=run_worker, args=(job, options))
-                interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited while the process starts
+                interrupt = signal.signal(
+                    signal.SIGINT, signal.SIG_IGN
+                )  # inherited while the process starts
                 running[job].start()
                 signal.signal(signal.SIGINT, interrupt)
             time.sleep(0.1)
             for job in [job for job, process in running.items() if not process.is_alive()]:
                 failed = running.pop(job).exitcode != 0
-                du.require(not failed, f"{job[1]} has failed; the same command continues with what is missing")
+                du.require(
+                    not failed,
+                    f"{job[1]} has failed; the same command continues with what is missing",
+                )
     finally:
         for process in running.values():
             process.terminate()
@@ -147,7 +158,9 @@ def main(options: Options) -> None:
     """Runs what is missing, and writes the reports of what has changed."""
     jobs = [] if options.report else options.find_missing()
     if jobs:
-        du.load_mnist(options.data_root, device="cpu")  # downloads it once, or fails before any process starts
+        du.load_mnist(
+            options.data_root, device="cpu"
+        )  # downloads it once, or fails before any process starts
     elif not options.report:
         print(f"{options.results} holds all these experiments")
     if len(jobs) > 1 and options.workers > 1:
@@ -182,6 +195,8 @@ def run_command_line() -> None:
 
 
 if __name__ == "__main__":
-    from study import __main__ as importable  # new processes find `run_worker` in this module by its full name
+    from study import (
+        __main__ as importable,
+    )  # new processes find `run_worker` in this module by its full name
 
     importable.run_command_line()

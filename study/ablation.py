@@ -15,14 +15,18 @@ from functools import partial
 import torch
 
 import distill_utils as du
-from study.parametrizations import Augmented, LowResolution, augment
+from study.parametrizations import augment, augmented, low_resolution, multi_formation
 from study.records import Study
 from study.truncation import NetworkPool, RandomWindow
 
-INITIALIZE = {
-    "noise": partial(du.init_from_noise, std=0.3), "real": du.init_from_real, "k-means": du.init_from_kmeans,
-}  # fmt: skip
-PAPER = {"init": "noise", "inner": {}, "epochs": 3, "step_size": 0.03, "batch_size": 128, "iterations": 150}
+PAPER = {
+    "init": "noise",
+    "inner": {},
+    "epochs": 3,
+    "step_size": 0.03,
+    "batch_size": 128,
+    "iterations": 150,
+}
 BEST = {
     **PAPER, "init": "k-means", "inner": {"optimizer": "Adam", "soft_labels": True}, "step_size": 0.003,
     "iterations": 100,
@@ -45,10 +49,10 @@ TECHNIQUES = {  # short name: title, and the settings it changes
     "four-networks": ("four networks per iteration", {"networks": 4}),
     "batch-512": ("real batches of 512", {"batch_size": 512}),
     "augmented-real": ("augmented real images", {"augment_real": True}),
-    "augmented-synthetic": ("augmented synthetic images", {"parametrize": Augmented}),
-    "low-resolution": ("low-resolution parametrization, 14 × 14", {"parametrize": LowResolution.from_images}),
+    "augmented-synthetic": ("augmented synthetic images", {"parametrize": augmented}),
+    "low-resolution": ("low-resolution parametrization, 14 × 14", {"parametrize": low_resolution}),
     "multi-formation": (
-        "multi-formation, factor 2", {"parametrize": partial(du.MultiFormation.from_images, factor=2), "per_class": 4},
+        "multi-formation, factor 2", {"parametrize": partial(multi_formation, factor=2), "per_class": 4},
     ),
     "no-clipping": ("no clipping of the meta-gradient", {"clip": math.inf}),
 }  # fmt: skip
@@ -77,22 +81,41 @@ def ablation(
     options |= {"iterations": max(1, round(study.fraction * iterations))}
     networks, values, seconds = max(1, study.networks // 8), [], 0.0
     for seed in SEEDS:
-        images, labels = INITIALIZE[init](dataset, steps=10, per_class=per_class, seed=seed)
+        images, labels = du.initialize(
+            dataset, init, steps=10, per_class=per_class, std=0.3, seed=seed
+        )
         distilled = parametrize(images, labels, epochs=epochs, step_size=step_size, **inner)
         run = partial(du.distill, distilled, dataset, du.LeNet, unroll=make_unroll(), seed=seed)
         begin = time.perf_counter()
         with du.seeded(seed):  # augmentation draws from torch's random state
             run(validate_every=10**6, validation_networks=1, progress=False, **options)
         seconds += time.perf_counter() - begin
-        values.append(du.evaluate(distilled, dataset.validation, du.LeNet, networks=networks, seed=20_000).values)
+        values.append(
+            du.evaluate(
+                distilled, dataset.validation, du.LeNet, networks=networks, seed=20_000
+            ).values
+        )
     study.distillation_seconds = round(seconds / len(SEEDS), 2)
     study.add("validation", *values)
 
 
 # To the best method, only what it does not have is added: what it has is left out instead.
-ADDED = {name: change for name, (_, change) in TECHNIQUES.items() if not {"init", "inner"} & change.keys()}
+ADDED = {
+    name: change
+    for name, (_, change) in TECHNIQUES.items()
+    if not {"init", "inner"} & change.keys()
+}
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
-    **{f"add-one-{name}": partial(ablation, **{**PAPER, **change}) for name, (_, change) in TECHNIQUES.items()},
-    **{f"add-to-best-{name}": partial(ablation, **{**BEST, **change}) for name, change in ADDED.items()},
-    **{f"leave-one-out-{name}": partial(ablation, **{**BEST, **change}) for name, change in LEFT_OUT.items()},
+    **{
+        f"add-one-{name}": partial(ablation, **{**PAPER, **change})
+        for name, (_, change) in TECHNIQUES.items()
+    },
+    **{
+        f"add-to-best-{name}": partial(ablation, **{**BEST, **change})
+        for name, change in ADDED.items()
+    },
+    **{
+        f"leave-one-out-{name}": partial(ablation, **{**BEST, **change})
+        for name, change in LEFT_OUT.items()
+    },
 }

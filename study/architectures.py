@@ -58,10 +58,17 @@ class ConvNet(nn.Sequential):
     """ConvNet-3, by default at a quarter of its width of 128: three blocks of convolution, normalization, ReLU and
     average pooling, for images [n, channels, size, size]."""
 
-    def __init__(self, *, width: int = 32, norm: str = "instance", channels: int = 1, size: int = 28) -> None:
+    def __init__(
+        self, *, width: int = 32, norm: str = "instance", channels: int = 1, size: int = 28
+    ) -> None:
         blocks = []
         for inputs in (channels, width, width):
-            blocks += [nn.Conv2d(inputs, width, 3, padding=1), make_norm(norm, width), nn.ReLU(), nn.AvgPool2d(2)]
+            blocks += [
+                nn.Conv2d(inputs, width, 3, padding=1),
+                make_norm(norm, width),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
         super().__init__(*blocks, nn.Flatten(), nn.Linear((size // 8) ** 2 * width, 10))
 
 
@@ -113,10 +120,17 @@ class ResNet(nn.Sequential):
     """ResNet-18 at a quarter of its width, without the pooling at its start."""
 
     def __init__(self, *, norm: str) -> None:
-        layers = [nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), make_norm(norm, 16), nn.ReLU()]
+        layers = [
+            nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
+            make_norm(norm, 16),
+            nn.ReLU(),
+        ]
         channels = 16
         for width in (16, 32, 64, 128):
-            layers += [Residual(channels, width, 1 if width == 16 else 2, norm), Residual(width, width, 1, norm)]
+            layers += [
+                Residual(channels, width, 1 if width == 16 else 2, norm),
+                Residual(width, width, 1, norm),
+            ]
             channels = width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
@@ -128,7 +142,11 @@ class Patches(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(1, width, 7, stride=7)
         self.position = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks, self.norm, self.head = nn.Sequential(*blocks), nn.LayerNorm(width), nn.Linear(width, 10)
+        self.blocks, self.norm, self.head = (
+            nn.Sequential(*blocks),
+            nn.LayerNorm(width),
+            nn.Linear(width, 10),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.embed(images).flatten(2).transpose(1, 2) + self.position  # [n, 16, width]
@@ -162,14 +180,20 @@ class ViT(Patches):
 
     def __init__(self, width: int = 48) -> None:
         options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        super().__init__([nn.TransformerEncoderLayer(width, 4, 2 * width, **options) for _ in range(2)], width)
+        super().__init__(
+            [nn.TransformerEncoderLayer(width, 4, 2 * width, **options) for _ in range(2)], width
+        )
 
 
 class Mixer(Patches):
     """Two blocks of MLP-Mixer, 64 wide (Tolstikhin et al. 2021)."""
 
     def __init__(self, width: int = 64) -> None:
-        layers = (layer for _ in range(2) for layer in (feed_forward(16, AcrossTokens), feed_forward(width)))
+        layers = (
+            layer
+            for _ in range(2)
+            for layer in (feed_forward(16, AcrossTokens), feed_forward(width))
+        )
         super().__init__([PreNorm(layer, width) for layer in layers], width)
 
 
@@ -190,9 +214,16 @@ class ConvNeXt(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, width, 4, stride=4)  # [n, width, 7, 7]
-        self.spatial = nn.ModuleList(nn.Conv2d(width, width, 7, padding=3, groups=width) for _ in range(2))
+        self.spatial = nn.ModuleList(
+            nn.Conv2d(width, width, 7, padding=3, groups=width) for _ in range(2)
+        )
         self.channels = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, 4 * width),
+                nn.GELU(),
+                nn.Linear(4 * width, width),
+            )
             for _ in range(2)
         )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)

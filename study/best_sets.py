@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from study.controls import UNDISTILLED, compare_schedules, label_kinds, schedule
 from study.decoding import fit_decoder, teach, train_teacher
 from study.evaluation import hard_labels, train_from_scratch, with_schedule_of
 from study.matching import feature_distance, gradient_distance, match
+from study.parametrizations import multi_formation
 from study.records import Results, Study
 from study.truncation import NetworkPool
 
@@ -30,12 +32,12 @@ MF2 = {**STEPS, "factor": 2, "steps": 10, "per_class": 4, "few_tests": True}
 # A name says: the dataset; images stored per class; multi-formation by its factor; the updates of the learned schedule,
 # or training from scratch, whichever the set is made for. `per_class` counts the images that networks see in a step.
 RECIPES = {
-    "mnist-ipc1-mf2-50steps": {
+    "mnist-ipc1-mf2-50updates": {
         **STEPS, "factor": 2, "steps": 2, "per_class": 2, "epochs": 25, "iterations": 600, "networks": 2,
     },
-    "mnist-ipc10-30steps": {**IPC10, "epochs": 3, "iterations": 4000, "inner": SOFT},
-    "mnist-ipc10-mf2-30steps": {**MF2, "epochs": 3, "iterations": 600, "inner": SOFT},
-    "mnist-ipc10-mf2-100steps": {**MF2, "epochs": 10, "iterations": 300},
+    "mnist-ipc10-30updates": {**IPC10, "epochs": 3, "iterations": 4000, "inner": SOFT},
+    "mnist-ipc10-mf2-30updates": {**MF2, "epochs": 3, "iterations": 600, "inner": SOFT},
+    "mnist-ipc10-mf2-100updates": {**MF2, "epochs": 10, "iterations": 300},
     "mnist-ipc10-scratch": {
         **SCRATCH, "steps": 1, "per_class": 10, "epochs": 300, "window": 60, "iterations": 1400, "batch_size": 1024,
         "learning_rate": 0.05,
@@ -47,12 +49,14 @@ RECIPES = {
         **LARGE, "factor": 2, "steps": 10, "per_class": 20, "epochs": 60, "iterations": 400, "learning_rate": 0.02,
     },
 }  # fmt: skip
-RECIPES["fashion-ipc1-mf2-50steps"] = RECIPES["mnist-ipc1-mf2-50steps"]  # unchanged
+RECIPES["fashion-ipc1-mf2-50updates"] = RECIPES["mnist-ipc1-mf2-50updates"]  # unchanged
 CONTROLS = (
     "distilled images, hard labels", "random real images, true labels", "random real images, soft labels",
     "k-means centers, true labels", "k-means centers, soft labels",
 )  # fmt: skip
-AUGMENTED = "mnist-ipc10-scratch"  # whose accuracy is compared with published ones that use augmentation
+AUGMENTED = (
+    "mnist-ipc10-scratch"  # whose accuracy is compared with published ones that use augmentation
+)
 TRANSFERRED = ("mnist-ipc10-mf2-scratch",)  # to other architectures
 RATES = (3e-4, 1e-3, 1e-2)  # step sizes of Adam that each of them may choose from
 SHOWN = 9_600  # images that a network sees in training
@@ -71,7 +75,7 @@ def dataset_of(study: Study, name: str) -> du.Dataset:
 def initial_set(images: du.Pair, *, factor: int, epochs: int, inner: dict) -> du.DistilledSet:
     """The set that a recipe begins with, of images of full size."""
     if factor > 1:
-        return du.MultiFormation.from_images(*images, factor=factor, epochs=epochs, **inner)
+        return multi_formation(*images, factor=factor, epochs=epochs, **inner)
     return du.DistilledSet(*images, epochs=epochs, **inner)
 
 
@@ -81,10 +85,12 @@ def distilled_set(
 ) -> tuple[du.DistilledSet, str]:  # fmt: skip
     """Distills a set by a recipe; returns it with its file's name."""
     dataset = dataset_of(study, study.name)
-    centers = du.init_from_kmeans(dataset, steps=steps, per_class=per_class, seed=seed)
+    centers = du.initialize(dataset, "k-means", steps=steps, per_class=per_class, seed=seed)
     distilled = initial_set(centers, factor=factor, epochs=epochs, inner=inner)
     unroll = NetworkPool(pool, window=window) if pool else du.unroll
-    return distilled, study.distill(distilled, dataset, du.LeNet, unroll=unroll, seed=seed, **options)
+    return distilled, study.distill(
+        distilled, dataset, du.LeNet, unroll=unroll, seed=seed, **options
+    )
 
 
 def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
@@ -95,7 +101,10 @@ def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
     dataset, networks = dataset_of(study, study.name), max(1, study.networks // 2)
     few = max(1, networks // (25 if few_tests else 10))
     main = protocol(study.name)
-    tested = {row: few if few_tests and row != main else networks for row in ("learned schedule", "from scratch")}
+    tested = {
+        row: few if few_tests and row != main else networks
+        for row in ("learned schedule", "from scratch")
+    }
     distilled, *files = distilled_set(study, **recipe)
     found = du.evaluate(distilled, dataset.test, du.LeNet, networks=tested["learned schedule"])
     study.add("learned schedule", found.values, files=files)
@@ -106,7 +115,9 @@ def best_set(study: Study, *, few_tests: bool = False, **recipe) -> None:
     pairs = [(distilled.images, hard_labels(soft))]
     pairs += [(each.images, labels) for each in undistilled for labels in (each.labels, soft)]
     for title, (images, labels) in zip(CONTROLS, pairs, strict=True):
-        found = train_from_scratch(with_schedule_of(distilled, images, labels), dataset.test, du.LeNet, networks=few)
+        found = train_from_scratch(
+            with_schedule_of(distilled, images, labels), dataset.test, du.LeNet, networks=few
+        )
         study.add(f"control: {title}", found.values)
 
 
@@ -115,7 +126,9 @@ def another_seed(study: Study, *, name: str, seed: int) -> None:
     recipe = {key: value for key, value in RECIPES[name].items() if key != "few_tests"}
     distilled, *files = distilled_set(study, seed=seed, **recipe)
     test = train_from_scratch if protocol(name) == "from scratch" else du.evaluate
-    found = test(distilled, dataset_of(study, name).test, du.LeNet, networks=max(1, study.networks // 2))
+    found = test(
+        distilled, dataset_of(study, name).test, du.LeNet, networks=max(1, study.networks // 2)
+    )
     study.add(protocol(name), found.values, files=files)
 
 
@@ -134,13 +147,22 @@ def undistilled_sets(
     dataset: du.Dataset, *, steps: int, per_class: int, factor: int = 1, **_
 ) -> dict[str, du.DistilledSet]:  # fmt: skip
     """Undistilled images with true labels, as many as a recipe asks for and in its parametrization."""
-    images = {title: init(dataset, steps=steps, per_class=per_class) for title, init in UNDISTILLED.items()}
-    return {title: initial_set(pair, factor=factor, epochs=1, inner={}) for title, pair in images.items()}
+    images = {
+        title: du.initialize(dataset, kind, steps=steps, per_class=per_class)
+        for title, kind in UNDISTILLED.items()
+    }
+    return {
+        title: initial_set(pair, factor=factor, epochs=1, inner={})
+        for title, pair in images.items()
+    }
 
 
 def set_and_controls(study: Study, name: str) -> dict[str, du.DistilledSet]:
     """A stored set beside undistilled ones."""
-    return {"distilled": stored_set(study, name), **undistilled_sets(dataset_of(study, name), **RECIPES[name])}
+    return {
+        "distilled": stored_set(study, name),
+        **undistilled_sets(dataset_of(study, name), **RECIPES[name]),
+    }
 
 
 def augmented_training(study: Study, *, name: str = AUGMENTED) -> None:
@@ -148,7 +170,9 @@ def augmented_training(study: Study, *, name: str = AUGMENTED) -> None:
     dataset = dataset_of(study, name)
     options = {"networks": max(1, study.networks // 20), "black": float(dataset.train.images.min())}
     for title, images in set_and_controls(study, name).items():
-        study.add(f"{name}, {title}", train_from_scratch(images, dataset.test, du.LeNet, **options).values)
+        study.add(
+            f"{name}, {title}", train_from_scratch(images, dataset.test, du.LeNet, **options).values
+        )
 
 
 def transfer(study: Study, *, name: str) -> None:
@@ -162,13 +186,20 @@ def transfer(study: Study, *, name: str) -> None:
             train = partial(train_from_scratch, images, make_network=make_network, **options)
             step_size = best_step_size(train, dataset, RATES)
             for way, more in ways_to_train(architecture, dataset).items():
-                found = train(dataset.test, networks=max(1, study.networks // 40), step_size=step_size, **more)
+                found = train(
+                    dataset.test, networks=max(1, study.networks // 40), step_size=step_size, **more
+                )
                 study.add(f"{architecture}, {title}, {way}", found.values)
 
 
-def best_step_size(train: Callable[..., du.Accuracies], dataset: du.Dataset, rates: Sequence[float]) -> float:
+def best_step_size(
+    train: Callable[..., du.Accuracies], dataset: du.Dataset, rates: Sequence[float]
+) -> float:
     """The one that gives the best accuracy on validation images."""
-    return max(rates, key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean)
+    return max(
+        rates,
+        key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean,
+    )
 
 
 def ways_to_train(architecture: str, dataset: du.Dataset) -> dict[str, dict]:
@@ -199,7 +230,7 @@ def decoded_set(
         study.add("learned schedule", found.values, files=[file])
     else:
         file = study.save(decoded, dataset, seed=seed)
-    real = du.init_from_real(dataset, steps=steps, per_class=4 * per_class, seed=seed)
+    real = du.initialize(dataset, "real", steps=steps, per_class=4 * per_class, seed=seed)
     packed = initial_set(real, factor=2, epochs=1, inner={})
     taught = teach(teacher, packed.decode().flatten(0, 1)).unflatten(0, packed.labels.shape[:2])
     taught = with_schedule_of(packed, packed.images, taught)
@@ -207,24 +238,32 @@ def decoded_set(
     for architecture, (title, images), way in itertools.product(architectures, sets.items(), ways):
         if way == "plain" or "true" not in title:  # soft labels are the stronger control
             found = train_by_adam(study, dataset, images, architecture, way)
-            study.add(f"{architecture}, {title}, {way}", found.values, files=[file] * (images is decoded) or None)
+            study.add(
+                f"{architecture}, {title}, {way}",
+                found.values,
+                files=[file] * (images is decoded) or None,
+            )
 
 
 def fit(
     study: Study, dataset: du.Dataset, *, iterations: int, seed: int, **options
-) -> tuple[nn.Module, du.Decoded, du.Decoded]:  # fmt: skip
+) -> tuple[nn.Module, du.DistilledSet, du.DistilledSet]:  # fmt: skip
     """A teacher, and the sets of `fit_decoder` with its labels and with true ones."""
-    teacher = train_teacher(dataset, networks=TEACHERS, epochs=max(1, round(6 * study.fraction)), seed=seed)
+    teacher = train_teacher(
+        dataset, networks=TEACHERS, epochs=max(1, round(6 * study.fraction)), seed=seed
+    )
     options["iterations"] = max(1, round(study.fraction * iterations))
     return teacher, *fit_decoder(dataset, teacher, seed=seed, **options)
 
 
-def in_steps(decoded: du.Decoded, *, steps: int, per_class: int, **inner) -> du.Decoded:
+def in_steps(decoded: du.DistilledSet, *, steps: int, per_class: int, **inner) -> du.DistilledSet:
     """The first images of a decoded set in so many steps, with options of the inner loop."""
-    n = per_class * decoded.labels.shape[-1]  # images in a step; init_from_real puts the classes in turns
-    content = [part.detach()[0, : steps * n].unflatten(0, (steps, n)) for part in (decoded.images, decoded.labels)]
-    weights = {name: getattr(decoded, name).detach() for name in decoded.shared}
-    return du.Decoded(*content, **inner, **weights)
+    n = per_class * decoded.labels.shape[-1]  # images in a step; the classes take turns
+    content = [
+        part.detach()[0, : steps * n].unflatten(0, (steps, n))
+        for part in (decoded.images, decoded.labels)
+    ]
+    return du.DistilledSet(*content, decoder=copy.deepcopy(decoded.decoder), **inner)
 
 
 def train_by_adam(
@@ -238,7 +277,9 @@ def train_by_adam(
         epochs=max(1, round(study.fraction * shown / images.labels[..., 0].numel())), side_by_side=False,
     )  # fmt: skip
     step_size = best_step_size(train, dataset, rates)
-    return train(dataset.test, networks=max(1, study.networks * networks // 200), step_size=step_size)
+    return train(
+        dataset.test, networks=max(1, study.networks * networks // 200), step_size=step_size
+    )
 
 
 def decoded_controls(study: Study, *, name: str) -> None:
@@ -246,7 +287,9 @@ def decoded_controls(study: Study, *, name: str) -> None:
     dataset, distilled, recipe = dataset_of(study, name), stored_set(study, name), DECODED[name]
     options = {key: recipe[key] for key in ("floats", "codes", "channels", "iterations")}
     fitted = fit(study, dataset, seed=0, **options)[1:]
-    before, true_labels = (in_steps(each, **recipe["schedule"], optimizer="Adam") for each in fitted)
+    before, true_labels = (
+        in_steps(each, **recipe["schedule"], optimizer="Adam") for each in fitted
+    )
     kinds = {**label_kinds(distilled, true_labels.labels), "labels of the teacher": before.labels}
     sets = {kind: with_schedule_of(before, before.images, labels) for kind, labels in kinds.items()}
     options = {"title": BEFORE, "networks": max(1, study.networks // 4)}
@@ -274,12 +317,14 @@ def rivalry(study: Study, *, method: str, network: str, per_class: int, **option
     """Whole images that start as random real ones and are improved by one of three methods in about the same time, or
     left as they are; two networks are trained on them from scratch."""
     mnist, begin = study.mnist, time.perf_counter()
-    initialize = UNDISTILLED.get(method, du.init_from_real)
-    distilled = du.DistilledSet(*initialize(mnist, steps=1, per_class=per_class))
+    kind = UNDISTILLED.get(method, "real")
+    distilled = du.DistilledSet(*du.initialize(mnist, kind, steps=1, per_class=per_class))
     if options:
         options["iterations"] = max(1, round(study.fraction * options["iterations"]))
     if method == "unrolled training":
-        distilled = initial_set((distilled.images, distilled.labels), factor=1, epochs=300, inner=SCRATCH["inner"])
+        distilled = initial_set(
+            (distilled.images, distilled.labels), factor=1, epochs=300, inner=SCRATCH["inner"]
+        )
         options["unroll"] = NetworkPool(SCRATCH["pool"], window=options.pop("window"))
         options |= {"step_size_learning_rate": 0, "validation_networks": 1, "validate_every": 10**6}
         du.distill(distilled, mnist, RIVAL_NETWORKS[network], progress=False, **options)
@@ -288,7 +333,9 @@ def rivalry(study: Study, *, method: str, network: str, per_class: int, **option
     study.distillation_seconds = round(time.perf_counter() - begin)
     for title, make_network in RIVAL_NETWORKS.items():
         networks = max(1, study.networks // (10 if title == "LeNet" else 40))
-        study.add(title, train_from_scratch(distilled, mnist.test, make_network, networks=networks).values)
+        study.add(
+            title, train_from_scratch(distilled, mnist.test, make_network, networks=networks).values
+        )
 
 
 RIVAL_NETWORKS = {"LeNet": du.LeNet, "ConvNet-3": ConvNet}
@@ -309,7 +356,7 @@ GENERAL = {  # step sizes of Adam to choose from, networks tested, images that e
 EVERY = {"architectures": tuple(GENERAL), "ways": ("plain", "augmented")}
 MAIN = {"architectures": ("LeNet",), "ways": ("plain",)}
 DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decoder counted
-    "mnist-ipc1-decoded-50steps": {
+    "mnist-ipc1-decoded-50updates": {
         "floats": 7_840, "steps": 1, "per_class": 1, "codes": 12, "channels": [6, 4], "iterations": 6_000,
         **MAIN,
         "schedule": {"steps": 5, "per_class": 3, "epochs": 10},
@@ -320,17 +367,28 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
             **EVERY, "floats": 78_400, "steps": 1, "per_class": 10, "codes": 16, "channels": [16, 12],
             "iterations": 15_000,
         }
-        for name in ("mnist-ipc10-decoded", "fashion-ipc10-decoded")
+        for name in ("mnist-ipc10-compressed", "fashion-ipc10-compressed")
     },
-    "mnist-ipc50-decoded": {
+    "mnist-ipc50-compressed": {
         "floats": 392_000, "steps": 1, "per_class": 50, "codes": 24, "channels": [32, 16], "iterations": 6_000,
         **MAIN,
     },
 }  # fmt: skip
-DISTILLED = tuple(name for name, recipe in DECODED.items() if "schedule" in recipe)  # of the decoded sets
+DISTILLED = tuple(
+    name for name, recipe in DECODED.items() if "schedule" in recipe
+)  # of the decoded sets
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
-SEEDED = ("mnist-ipc1-mf2-50steps", "mnist-ipc10-30steps", "mnist-ipc10-mf2-30steps")  # distilled three times
-MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}  # more than one image per class
+SEEDED = (
+    "mnist-ipc1-mf2-50updates",
+    "mnist-ipc10-30updates",
+    "mnist-ipc10-mf2-30updates",
+)  # distilled three times
+MATCHED = {
+    "matches": 10,
+    "updates": 5,
+    "batch_size": 32,
+    "learning_rate": 0.1,
+}  # more than one image per class
 UNROLLED = {"window": 30, "batch_size": 512, "learning_rate": 0.05}
 RIVALS = {  # two minutes each; learning rates chosen on validation images
     "-".join(["rival", method.replace(" ", "-"), f"ipc{per_class}", *([network.lower()] if network else [])]): {
@@ -359,7 +417,11 @@ NEEDS = {  # experiments that load the set of another one
 }
 EXPERIMENTS: dict[str, Callable[[Study], None]] = {
     **{name: partial(best_set, **recipe) for name, recipe in RECIPES.items()},
-    **{f"{name}-seed{seed}": partial(another_seed, name=name, seed=seed) for name in SEEDED for seed in (1, 2)},
+    **{
+        f"{name}-seed{seed}": partial(another_seed, name=name, seed=seed)
+        for name in SEEDED
+        for seed in (1, 2)
+    },
     **{name: partial(decoded_set, **recipe) for name, recipe in DECODED.items()},
     **{
         f"{name}-seed{seed}": partial(decoded_set, **{**recipe, **MAIN}, seed=seed)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 from torch import Tensor
 
 import distill_utils as du
-from study.evaluation import with_schedule_of
+from study.evaluation import validation_accuracy, with_schedule_of
 from study.records import Study
 
-UNDISTILLED = {"random real images": du.init_from_real, "k-means centers": du.init_from_kmeans}
+UNDISTILLED = {"random real images": "real", "k-means centers": "k-means"}
 STEP_SIZES = {  # candidates for a constant one
     "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
     "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),
@@ -24,11 +25,15 @@ def schedule_controls(
 ) -> None:  # fmt: skip
     """Keeps the accuracies of undistilled images, as many and of the same parametrization."""
     per_class = distilled.labels.shape[1] // dataset.classes
-    for title, initialize in UNDISTILLED.items():
-        images, labels = initialize(dataset, steps=distilled.steps, per_class=per_class)
+    for title, kind in UNDISTILLED.items():
+        images, labels = du.initialize(
+            dataset, kind, steps=len(distilled.images), per_class=per_class
+        )
         sets = label_kinds(distilled, labels).items()
         sets = {kind: undistilled_set(distilled, images, labels) for kind, labels in sets}
-        compare_schedules(study, dataset, distilled, sets, make_network, title=title, networks=networks)
+        compare_schedules(
+            study, dataset, distilled, sets, make_network, title=title, networks=networks
+        )
 
 
 def compare_schedules(
@@ -40,12 +45,17 @@ def compare_schedules(
     Every kind of labels gets its best constant step size. The kind that is best on validation images is then tested
     with step sizes learned for these very images by the same outer loop, and with those of the distilled set.
     """
-    constant, step_sizes = {}, STEP_SIZES[distilled.optimizer]
+    constant, step_sizes = {}, STEP_SIZES[distilled.inner["optimizer"]]
     for kind, control in sets.items():
-        constant[kind] = du.best_constant_step_size(control, dataset, make_network, step_sizes=step_sizes)
+        constant[kind] = du.best_constant_step_size(
+            control, dataset, make_network, step_sizes=step_sizes
+        )
         found = du.evaluate(constant[kind], dataset.test, make_network, networks=networks)
-        study.add(f"{title}, {kind}, constant step size {constant[kind].step_sizes[0]:.4g}", found.values)
-    kind = max(constant, key=lambda each: du.validation_accuracy(constant[each], dataset, make_network, networks=5))
+        study.add(
+            f"{title}, {kind}, constant step size {constant[kind].step_sizes[0]:.4g}", found.values
+        )
+    validate = partial(validation_accuracy, dataset=dataset, make_network=make_network, networks=5)
+    kind = max(constant, key=lambda each: validate(constant[each]))
     learned = learn_step_sizes(study, dataset, constant[kind], make_network)
     borrowed = copy.deepcopy(constant[kind]).set_step_sizes(distilled.step_sizes)
     for schedule, control in (("learned for them", learned), ("of the distilled set", borrowed)):
@@ -70,13 +80,15 @@ def label_kinds(distilled: du.DistilledSet, labels: Tensor) -> dict[str, Tensor]
     kinds = {"true labels": labels}
     if distilled.labels.max(-1).values.min() < 1:
         uniform = 1 / labels.shape[-1]
-        kinds |= {f"labels smoothed by {share}": (1 - share) * labels + share * uniform for share in SMOOTHING}
+        kinds |= {
+            f"labels smoothed by {share}": (1 - share) * labels + share * uniform
+            for share in SMOOTHING
+        }
         kinds["labels of the distilled set"] = distilled.labels.detach()
     return kinds
 
 
 def undistilled_set(distilled: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:
     """Images of full size and their labels, in the parametrization and with the schedule of a distilled set."""
-    options = {name: getattr(distilled, name) for name in distilled.options}
-    undistilled = type(distilled).from_images(images, labels, **options) if options else type(distilled)(images, labels)
-    return with_schedule_of(distilled, undistilled.images, labels)
+    packs = isinstance(distilled.decoder, du.MultiFormation)
+    return with_schedule_of(distilled, distilled.decoder.pack(images) if packs else images, labels)

@@ -6,8 +6,8 @@ trained on all real images. `du.distill` improves such a set like any other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ import distill_utils as du
 def train_teacher(dataset: du.Dataset, *, networks: int, epochs: int, seed: int = 0) -> du.Ensemble:
     """LeNets trained on all real images, side by side."""
     with du.seeded(seed):
-        fresh = [du.LeNet(classes=dataset.classes).to(dataset.train.images.device) for _ in range(networks)]
+        fresh = [
+            du.LeNet(classes=dataset.classes).to(dataset.train.images.device)
+            for _ in range(networks)
+        ]
         return du.train(du.Ensemble(fresh), dataset.train, epochs=epochs)
 
 
@@ -32,19 +35,25 @@ def teach(teacher: nn.Module, images: Tensor) -> Tensor:
 
 def stored_floats(distilled: du.DistilledSet) -> int:
     """Images, labels and shared tensors, as stored, together."""
-    return sum(getattr(distilled, name).numel() for name in ("images", "labels", *distilled.shared))
+    return sum(
+        tensor.numel()
+        for tensor in (distilled.images, distilled.labels, *distilled.decoder.parameters())
+    )
 
 
 def count_codes(floats: int, shared: int, codes: int, labels: int) -> int:
     """How many images `floats` pay for, after the decoder's `shared` ones: each has `codes` and `labels` floats."""
-    du.require(floats >= shared + codes + labels, f"floats={floats}: the decoder alone has {shared}; give more")
+    du.require(
+        floats >= shared + codes + labels,
+        f"floats={floats}: the decoder alone has {shared}; give more",
+    )
     return (floats - shared) // (codes + labels)
 
 
 def fit_decoder(
     dataset: du.Dataset, teacher: nn.Module, *, floats: int, codes: int, channels: Sequence[int], iterations: int,
     batch_size: int = 256, step_size: float = 3e-3, seed: int = 0,
-) -> tuple[du.Decoded, du.Decoded]:  # fmt: skip
+) -> tuple[du.DistilledSet, du.DistilledSet]:  # fmt: skip
     """An autoencoder's decoder with the codes of random training images, in a set of at most `floats` floats.
 
     Args:
@@ -61,36 +70,33 @@ def fit_decoder(
     images = dataset.train.images
     du.require_counts(floats=floats, codes=codes, iterations=iterations, batch_size=batch_size)
     with du.seeded(seed):
-        decoder = make_decoder(codes, channels, images.shape[1:]).to(images)
+        decoder = du.CodeDecoder(codes, channels, images.shape[1:]).to(images)
         encoder = make_encoder(images[0].numel(), codes).to(images)
         optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=step_size)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
         for _ in range(iterations):
             batch = images[torch.randint(len(images), (batch_size,)).to(images.device)]
-            loss = F.mse_loss(decoder(encoder(batch)), batch)
+            loss = F.mse_loss(decoder(encoder(batch)[None])[0], batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             cosine.step()
-    weights = dict(zip(du.Decoded.shared, decoder.parameters(), strict=True))
-    shared = sum(weight.numel() for weight in weights.values())
+    shared = sum(weight.numel() for weight in decoder.parameters())
     sets = []
     for soft in (True, False):
         count = count_codes(floats, shared, codes, dataset.classes if soft else 1)
-        chosen, labels = du.init_from_real(dataset, steps=1, per_class=count // dataset.classes, seed=seed)
+        chosen, labels = du.initialize(
+            dataset, "real", steps=1, per_class=count // dataset.classes, seed=seed
+        )
         with torch.no_grad():
             code = encoder.eval()(chosen[0])
-            labels = teach(teacher, decoder(code))[None] if soft else labels
-        sets.append(du.Decoded(code[None], labels, step_size=0.01, momentum=0.9, **weights))
+            labels = teach(teacher, decoder(code[None])[0])[None] if soft else labels
+        sets.append(
+            du.DistilledSet(
+                code[None], labels, decoder=copy.deepcopy(decoder), step_size=0.01, momentum=0.9
+            )
+        )
     return tuple(sets)
-
-
-def make_decoder(codes: int, channels: Sequence[int], size: Sequence[int]) -> nn.Sequential:
-    """Codes [n, codes, 1, 1] to images [n, *size]; its parameters are those of `du.Decoded`."""
-    (c1, c2), (c, h, w) = channels, size
-    double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
-    first = nn.ConvTranspose2d(codes, c1, (h // 4, w // 4))
-    return nn.Sequential(first, nn.ReLU(), double(c1, c2), nn.ReLU(), double(c2, c))
 
 
 def make_encoder(pixels: int, codes: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -38,11 +39,14 @@ def train_from_scratch(
     du.require(step_size > 0, f"step_size={step_size}: give more than 0")
     du.require(optimizer in ("SGD", "Adam"), f"optimizer={optimizer!r}: give SGD or Adam")
     du.require(
-        callable(make_network) and not isinstance(make_network, nn.Module), "make_network: give a network factory"
+        callable(make_network) and not isinstance(make_network, nn.Module),
+        "make_network: give a network factory",
     )
     device = split.images.device
     at_once = (8 if device.type == "cpu" else 64) if side_by_side else 1
-    make_optimizer = partial(torch.optim.SGD, momentum=0.9) if optimizer == "SGD" else torch.optim.Adam
+    make_optimizer = (
+        partial(torch.optim.SGD, momentum=0.9) if optimizer == "SGD" else torch.optim.Adam
+    )
     options = {"epochs": epochs, "batch_size": batch_size}
     if black is not None:
         options["transform"] = partial(augment, black=black)
@@ -55,7 +59,8 @@ def train_from_scratch(
         for first in range(0, networks, at_once):
             torch.set_rng_state(shuffles)  # so that accuracies do not depend on the groups
             network = combine(fresh[first : first + at_once]).train()
-            du.train(network, train, optimizer=make_optimizer(network.parameters(), lr=step_size), **options)
+            optimizer = make_optimizer(network.parameters(), lr=step_size)
+            du.train(network, train, optimizer=optimizer, **options)
             if statistics is not None:
                 torch.optim.swa_utils.update_bn(statistics.split(250), network)
             values.append(du.accuracy(network.eval(), split).flatten().cpu())
@@ -68,12 +73,17 @@ def combine(networks: Sequence[nn.Module]) -> nn.Module:
 
 
 def with_schedule_of(schedule: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:
-    """Other stored images and labels in the parametrization, and with the schedule, of a distilled set."""
-    return type(schedule)(
-        images.detach(), labels.detach(), epochs=schedule.epochs, step_size=schedule.step_sizes.detach(),
-        optimizer=schedule.optimizer, momentum=schedule.momentum,
-        **{name: getattr(schedule, name) for name in (*schedule.options, *schedule.shared)},
-    )  # fmt: skip
+    """Other stored images and labels with the decoder and the schedule of a distilled set."""
+    step_size, decoder = schedule.step_sizes.detach(), copy.deepcopy(schedule.decoder)
+    return du.DistilledSet(images, labels, decoder=decoder, step_size=step_size, **schedule.inner)
+
+
+def validation_accuracy(
+    distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *, networks: int
+) -> float:
+    """The mean accuracy on validation images, to choose settings by."""
+    options = {"networks": networks, "seed": du.VALIDATION_SEED}
+    return du.evaluate(distilled, dataset.validation, make_network, **options).mean
 
 
 def hard_labels(labels: Tensor) -> Tensor:

@@ -49,7 +49,9 @@ def as_table(distilled: du.DistilledSet, *, mean: float, std: float) -> datasets
         "label": labels.argmax(-1).flatten().tolist(),
         "step": torch.arange(steps).repeat_interleave(n).tolist(),
         "position": torch.arange(n).repeat(steps).tolist(),
-        "preview": [{"bytes": as_png(image * std + mean), "path": None} for image in images.flatten(0, 1)],
+        "preview": [
+            {"bytes": as_png(image * std + mean), "path": None} for image in images.flatten(0, 1)
+        ],
     }
     number = datasets.Value("float32")
     features = {
@@ -80,13 +82,18 @@ def export(folder: Path, names: Sequence[str]) -> None:
         mean, std = (float(read_metadata(path)[key]) for key in ("mean", "std"))
         as_table(distilled, mean=mean, std=std).to_parquet(folder / f"{name}.parquet")
         (folder / name).mkdir(exist_ok=True)
-        tensors = {"images": distilled.decode().flatten(0, 1), "labels": distilled.labels.flatten(0, 1)}
+        tensors = {
+            "images": distilled.decode().flatten(0, 1),
+            "labels": distilled.labels.flatten(0, 1),
+        }
         for kind, tensor in {**tensors, "lr": distilled.step_sizes}.items():
             torch.save(tensor.detach().clone(), folder / name / f"{kind}.pt")
         for each in (path, path.with_suffix(".md")):
             shutil.copy(each, folder)
     configs = "\n".join(CONFIG.format(name=name) for name in names)
-    (folder / "README.md").write_text(HEADER.format(configs=configs) + (DISTILLED / "README.md").read_text())
+    (folder / "README.md").write_text(
+        HEADER.format(configs=configs) + (DISTILLED / "README.md").read_text()
+    )
 
 
 def main(folder: tyro.conf.Positional[Path]) -> None:

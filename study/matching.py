@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 import distill_utils as du
 
-Distance = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # of synthetic and real images of one class
+Distance = Callable[
+    [nn.Module, Tensor, Tensor, Tensor], Tensor
+]  # of synthetic and real images of one class
 
 
 def gradient_distance(network: nn.Module, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:
@@ -25,10 +27,15 @@ def gradient_distance(network: nn.Module, synthetic: Tensor, real: Tensor, label
         return torch.autograd.grad(loss, weights, create_graph=differentiable)
 
     pairs = zip(gradients(synthetic, True), gradients(real, False), strict=True)
-    return sum((1 - F.cosine_similarity(ours.flatten(1), theirs.flatten(1), eps=1e-6)).sum() for ours, theirs in pairs)
+    return sum(
+        (1 - F.cosine_similarity(ours.flatten(1), theirs.flatten(1), eps=1e-6)).sum()
+        for ours, theirs in pairs
+    )
 
 
-def feature_distance(network: nn.Sequential, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:
+def feature_distance(
+    network: nn.Sequential, synthetic: Tensor, real: Tensor, label: Tensor
+) -> Tensor:
     """The squared distance [] between the mean features of synthetic and of real images (DM). Features are
     the inputs of the last layer; the label plays no part."""
     features = nn.Sequential(*list(network)[:-1])
@@ -41,7 +48,7 @@ def match(
     distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *, distance: Distance, iterations: int,
     learning_rate: float, batch_size: int = 64, matches: int = 1, updates: int = 0, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Improves the images of `distilled`, one step of all classes in turn as `du.init_from_noise` arranges them.
+    """Improves the images of `distilled`, one step of all classes in turn as `du.initialize` arranges them.
 
     Args:
         distance: `gradient_distance` or `feature_distance`, summed over classes.
@@ -53,7 +60,8 @@ def match(
         seed: of networks and real images.
     """
     du.require_counts(iterations=iterations, batch_size=batch_size, matches=matches)
-    du.require(distilled.steps == 1, f"distilled: has {distilled.steps} steps; give a set of one step")
+    steps = len(distilled.images)
+    du.require(steps == 1, f"distilled: has {steps} steps; give a set of one step")
     train, classes = dataset.train, dataset.classes
     members = [(train.labels == label).nonzero().flatten() for label in range(classes)]
     optimizer = torch.optim.SGD([distilled.images], lr=learning_rate, momentum=0.5)
@@ -64,10 +72,15 @@ def match(
                 loss, images = 0.0, distilled.decode()[0]
                 for label, rows in enumerate(members):
                     real = train.images[rows[torch.randint(len(rows), (batch_size,))]]
-                    loss = loss + distance(network, images[label::classes], real, distilled.labels[0, label])
+                    loss = loss + distance(
+                        network, images[label::classes], real, distilled.labels[0, label]
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 if updates and turn < matches - 1:
                     batch = du.Split(distilled.decode()[0].detach(), distilled.labels[0])
-                    du.train(network, batch, epochs=updates, batch_size=len(batch.labels), step_size=0.01)
+                    sgd = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+                    du.train(
+                        network, batch, epochs=updates, batch_size=len(batch.labels), optimizer=sgd
+                    )

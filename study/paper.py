@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import distill_utils as du
 from study import running
 from study.controls import learn_step_sizes, schedule_controls
+from study.evaluation import validation_accuracy
 from study.records import Results, Study
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
@@ -29,8 +30,15 @@ INITIALIZATIONS = {
     "orthogonal": nn.init.orthogonal_,
 }
 DISTILLED_FOR = ("Xavier normal", "PyTorch default")
-ATTACKS = ((0, 1), (3, 8), (9, 4))  # the class attacked, and the class that networks should predict for it
-PRETRAINING = {"MNIST": {"epochs": 1, "batch_size": 128}, "scikit-learn digits": {"epochs": 15, "batch_size": 32}}
+ATTACKS = (
+    (0, 1),
+    (3, 8),
+    (9, 4),
+)  # the class attacked, and the class that networks should predict for it
+PRETRAINING = {
+    "MNIST": {"epochs": 1, "batch_size": 128},
+    "scikit-learn digits": {"epochs": 15, "batch_size": 32},
+}
 SWEEPS = {  # steps, images of each class in a step, epochs
     "three epochs": [(1, 10, 3), (5, 2, 3), (10, 1, 3)],
     "thirty updates": [(1, 10, 30), (5, 2, 6), (10, 1, 3)],
@@ -41,12 +49,20 @@ SWEEPS = {  # steps, images of each class in a step, epochs
 
 # ------------------------------------------------------------------------------------- fixed and random initialization
 def fixed_initialization(
-    study: Study, *, steps: int, iterations: int, step_size: float, seed: int, soft_labels: bool = False
+    study: Study,
+    *,
+    steps: int,
+    iterations: int,
+    step_size: float,
+    seed: int,
+    soft_labels: bool = False,
 ) -> None:
     """Images for one network with fixed initial weights, tested on it and on unseen initializations."""
     make_network = du.fixed_initialization(du.LeNet, seed=seed)
-    images, labels = du.init_from_noise(study.mnist, steps=steps, std=0.3, seed=seed)
-    distilled = du.DistilledSet(images, labels, epochs=3, step_size=step_size, soft_labels=soft_labels)
+    images, labels = du.initialize(study.mnist, "noise", steps=steps, std=0.3, seed=seed)
+    distilled = du.DistilledSet(
+        images, labels, epochs=3, step_size=step_size, soft_labels=soft_labels
+    )
     options = {"iterations": iterations, "learning_rate": 0.02, "seed": seed}
     files = [study.distill(distilled, study.mnist, make_network, **options)]
     test = partial(du.evaluate, distilled, study.mnist.test)
@@ -60,23 +76,26 @@ def random_initialization(
 ) -> None:
     """Images for random initializations, tested on unseen ones."""
     distilled = du.DistilledSet(*initial, epochs=epochs, step_size=0.03)
-    file = study.distill(distilled, study.mnist, du.LeNet, iterations=iterations, batch_size=128, seed=seed)
+    file = study.distill(
+        distilled, study.mnist, du.LeNet, iterations=iterations, batch_size=128, seed=seed
+    )
     unseen = du.evaluate(distilled, study.mnist.test, du.LeNet, networks=networks)
     study.add("unseen initializations", unseen.values, files=[file])
 
 
 def hundred_images(study: Study, *, init: str, seed: int, epochs: int = 3) -> None:
     """The paper's hundred images, from noise or from real images."""
-    initialize = {"noise": partial(du.init_from_noise, std=0.3), "real": du.init_from_real}[init]
-    images = initialize(study.mnist, steps=10, seed=seed)
+    images = du.initialize(study.mnist, init, steps=10, std=0.3, seed=seed)
     options = {"epochs": epochs, "iterations": 800, "networks": study.networks, "seed": seed}
     random_initialization(study, initial=images, **options)
 
 
 def sweep(study: Study, *, steps: int, per_class: int, epochs: int) -> None:
     """Other numbers of steps, images and epochs, with fewer iterations."""
-    initial = du.init_from_real(study.mnist, steps=steps, per_class=per_class)
-    random_initialization(study, initial=initial, epochs=epochs, iterations=200, networks=max(1, study.networks // 2))
+    initial = du.initialize(study.mnist, "real", steps=steps, per_class=per_class)
+    random_initialization(
+        study, initial=initial, epochs=epochs, iterations=200, networks=max(1, study.networks // 2)
+    )
 
 
 def sweep_name(steps: int, per_class: int, epochs: int) -> str:
@@ -86,7 +105,9 @@ def sweep_name(steps: int, per_class: int, epochs: int) -> str:
 def initializations(study: Study) -> None:
     """Images distilled for one distribution of initial weights, tested on others."""
     for source in DISTILLED_FOR:
-        distilled = du.DistilledSet(*du.init_from_real(study.mnist, steps=10), epochs=3, step_size=0.03)
+        distilled = du.DistilledSet(
+            *du.initialize(study.mnist, "real", steps=10), epochs=3, step_size=0.03
+        )
         make_network = partial(du.LeNet, initialize=INITIALIZATIONS[source])
         options = {"iterations": 400, "batch_size": 128, "label": source.split()[0].lower()}
         file = study.distill(distilled, study.mnist, make_network, **options)
@@ -100,7 +121,9 @@ def initializations(study: Study) -> None:
 # ------------------------------------------------------------------------------------------------ undistilled baselines
 def constant_step_size(study: Study, images: du.Pair, *, epochs: int, **options) -> du.DistilledSet:
     """Undistilled images with the step size that is best for them on validation images."""
-    return du.best_constant_step_size(du.DistilledSet(*images, epochs=epochs), study.mnist, du.LeNet, **options)
+    return du.best_constant_step_size(
+        du.DistilledSet(*images, epochs=epochs), study.mnist, du.LeNet, **options
+    )
 
 
 def tuned(study: Study, images: du.Pair, *, epochs: Sequence[int]) -> tuple[du.DistilledSet, str]:
@@ -112,7 +135,7 @@ def tuned(study: Study, images: du.Pair, *, epochs: Sequence[int]) -> tuple[du.D
         candidates[f"{constant.updates} updates, step size {constant.step_sizes[0]:g}"] = constant
         learned = learn_step_sizes(study, study.mnist, constant, du.LeNet)
         candidates[f"{constant.updates} updates, learned step sizes"] = learned
-    accuracy = partial(du.validation_accuracy, dataset=study.mnist, make_network=du.LeNet, networks=20)
+    accuracy = partial(validation_accuracy, dataset=study.mnist, make_network=du.LeNet, networks=20)
     best = max(candidates, key=lambda each: accuracy(candidates[each]))
     return candidates[best], best
 
@@ -120,32 +143,43 @@ def tuned(study: Study, images: du.Pair, *, epochs: Sequence[int]) -> tuple[du.D
 def baselines(study: Study) -> None:
     """Undistilled images as the paper tunes them. All random samples share what is best for the first."""
     mnist, networks, three = study.mnist, study.networks, (1, 3, 5)
-    first, words = tuned(study, du.init_from_real(mnist, steps=10), epochs=three)
+    first, words = tuned(study, du.initialize(mnist, "real", steps=10), epochs=three)
     samples = [first]
     for seed in range(1, max(2, round(50 * study.fraction))):
-        images = du.init_from_real(mnist, steps=10, seed=seed)
-        samples.append(du.DistilledSet(*images, epochs=first.epochs, step_size=first.step_sizes))
+        images = du.initialize(mnist, "real", steps=10, seed=seed)
+        samples.append(
+            du.DistilledSet(*images, epochs=first.inner["epochs"], step_size=first.step_sizes)
+        )
     test = partial(du.evaluate, split=mnist.test, make_network=du.LeNet)
     few = [test(sample, networks=max(1, networks // 20)).values for sample in samples[:20]]
     study.add(f"random real images, {words}", *few)
-    best = max(samples, key=lambda sample: du.validation_accuracy(sample, mnist, du.LeNet, networks=10))
+    best = max(
+        samples, key=lambda sample: validation_accuracy(sample, mnist, du.LeNet, networks=10)
+    )
     files = [study.save(best, mnist, label="best")]
-    study.add(f"best of {len(samples)} random samples", test(best, networks=networks).values, files=files)
+    study.add(
+        f"best of {len(samples)} random samples", test(best, networks=networks).values, files=files
+    )
     for label, title, steps in (("k-means", "k-means centers", 10), ("means", "class means", 1)):
-        images = du.init_from_kmeans(mnist, steps=steps)
+        images = du.initialize(mnist, "k-means", steps=steps)
         centers, words = tuned(study, images, epochs=[10 * each // steps for each in three])
-        values, files = test(centers, networks=networks).values, [study.save(centers, mnist, label=label)]
+        values, files = (
+            test(centers, networks=networks).values,
+            [study.save(centers, mnist, label=label)],
+        )
         study.add(f"{title}, {words}", values, files=files)
 
 
 def longer_baselines(study: Study) -> None:
     """The same kinds of images trained on for a hundred updates: how much of their deficit is training time?"""
     for title, images, epochs in (
-        ("random real images", du.init_from_real(study.mnist, steps=10), 10),
-        ("k-means centers", du.init_from_kmeans(study.mnist, steps=10), 10),
-        ("class means", du.init_from_kmeans(study.mnist, steps=1), 100),
+        ("random real images", du.initialize(study.mnist, "real", steps=10), 10),
+        ("k-means centers", du.initialize(study.mnist, "k-means", steps=10), 10),
+        ("class means", du.initialize(study.mnist, "k-means", steps=1), 100),
     ):
-        best = constant_step_size(study, images, epochs=epochs, step_sizes=(0.01, 0.02, 0.05, 0.1, 0.2))
+        best = constant_step_size(
+            study, images, epochs=epochs, step_sizes=(0.01, 0.02, 0.05, 0.1, 0.2)
+        )
         found = du.evaluate(best, study.mnist.test, du.LeNet, networks=max(1, study.networks // 2))
         study.add(f"{title}, step size {best.step_sizes[0]:g}", found.values)
 
@@ -156,23 +190,37 @@ def controls(study: Study, *, source: str) -> None:
     row = "fixed initialization" if fixed else "unseen initializations"
     distilled = Results(study.folder).load_set(source, row, device=study.device)
     make_network = du.fixed_initialization(du.LeNet, seed=int(source[-1])) if fixed else du.LeNet
-    schedule_controls(study, study.mnist, distilled, make_network, networks=1 if fixed else max(1, study.networks // 4))
+    schedule_controls(
+        study,
+        study.mnist,
+        distilled,
+        make_network,
+        networks=1 if fixed else max(1, study.networks // 4),
+    )
 
 
 def nearest_neighbors(study: Study) -> None:
     """No network: each image gets the label of its nearest neighbors among a hundred."""
     mnist = study.mnist
     for title, samples in {
-        "random real images": [du.init_from_real(mnist, steps=10, seed=seed) for seed in range(20)],
-        "k-means centers": [du.init_from_kmeans(mnist, steps=10, seed=seed) for seed in range(5)],
+        "random real images": [
+            du.initialize(mnist, "real", steps=10, seed=seed) for seed in range(20)
+        ],
+        "k-means centers": [
+            du.initialize(mnist, "k-means", steps=10, seed=seed) for seed in range(5)
+        ],
     }.items():
         choices = list(itertools.product((1, 2), (1, 3)))
-        norm, k = max(choices, key=lambda choice: neighbor_accuracy(*samples[0], mnist.validation, *choice))
+        norm, k = max(
+            choices, key=lambda choice: neighbor_accuracy(*samples[0], mnist.validation, *choice)
+        )
         values = [[neighbor_accuracy(*sample, mnist.test, norm, k)] for sample in samples]
         study.add(f"{title}, l{norm}, k = {k}", *values)
 
 
-def neighbor_accuracy(images: Tensor, labels: Tensor, split: du.Split, norm: int, neighbors: int) -> float:
+def neighbor_accuracy(
+    images: Tensor, labels: Tensor, split: du.Split, norm: int, neighbors: int
+) -> float:
     """Percentage of `split` classified correctly by its neighbors among images [steps, n, c, h, w]."""
     classifier = KNeighborsClassifier(neighbors, p=norm)
     classifier.fit(images.flatten(0, 1).flatten(1).cpu(), labels.flatten(0, 1).argmax(-1).cpu())
@@ -187,14 +235,17 @@ def sample_network(networks: Sequence[nn.Module]) -> du.Factory:
 
 
 def in_turn(networks: Sequence[nn.Module]) -> du.Factory:
-    """A factory that returns a copy of each of `networks` once, from the first."""
-    return map(copy.deepcopy, networks).__next__
+    """A factory that returns copies of `networks`, one after the other and then from the first again."""
+    return map(copy.deepcopy, itertools.cycle(networks)).__next__
 
 
 def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
     """`dataset` with the images of class `source` labelled `target`: what a data poisoning attack teaches."""
     for name, label in {"source": source, "target": target}.items():
-        du.require(0 <= label < dataset.classes, f"{name}={label}: give a class, 0 to {dataset.classes - 1}")
+        du.require(
+            0 <= label < dataset.classes,
+            f"{name}={label}: give a class, 0 to {dataset.classes - 1}",
+        )
 
     def poison(split: du.Split) -> du.Split:
         return du.Split(split.images, split.labels.where(split.labels != source, target))
@@ -206,7 +257,10 @@ def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
 def pretrain(study: Study, dataset: du.Dataset) -> tuple[list[nn.Module], list[nn.Module]]:
     """LeNets trained on `dataset`, some to distill for and others held out; each in a file of its own."""
     training, held_out = (max(len(SEEDS), round(count * study.fraction)) for count in (30, 100))
-    made = {"train": PRETRAINING[dataset.name], "std": dataset.std}  # a file of other data or settings is of no use
+    made = {
+        "train": PRETRAINING[dataset.name],
+        "std": dataset.std,
+    }  # a file of other data or settings is of no use
     networks = []
     for number in range(training + held_out):
         path = study.checkpoints / f"{dataset.name}-network-{number}.pt"
@@ -232,8 +286,10 @@ def adaptation(study: Study, *, source: str, target: str) -> None:
     def test(distilled: du.DistilledSet) -> Tensor:
         return du.evaluate(distilled, after.test, in_turn(held_out), networks=len(held_out)).values
 
-    images = du.init_from_real(after, steps=10)
-    real = du.best_constant_step_size(du.DistilledSet(*images, epochs=3), after, sample_network(training))
+    images = du.initialize(after, "real", steps=10)
+    real = du.best_constant_step_size(
+        du.DistilledSet(*images, epochs=3), after, sample_network(training)
+    )
     study.add(f"random real images, step size {real.step_sizes[0]:g}", test(real))
 
     def distill(networks: list[nn.Module], label: str) -> tuple[du.DistilledSet, str]:
@@ -246,7 +302,7 @@ def adaptation(study: Study, *, source: str, target: str) -> None:
     values, files = [], []
     for number in SEEDS:
         distilled, file = distill([training[number]], f"fixed-{number}")
-        adapted = du.unroll(training[number], distilled, differentiable=False)
+        adapted = du.train_on(training[number], distilled)
         values.append([du.accuracy(adapted, after.test)])
         files.append(file)
     study.add("distilled for one pretrained network", *values, files=files)
@@ -270,12 +326,17 @@ def attack(study: Study) -> None:
             "other classes": du.Split(test.images[~attacked], test.labels[~attacked]),
         }
         for part, split in parts.items():
-            study.add(f"{source} as {target}, before: {part}", [du.accuracy(network, split) for network in held_out])
+            study.add(
+                f"{source} as {target}, before: {part}",
+                [du.accuracy(network, split) for network in held_out],
+            )
         for title, label, networks, tested in (
             ("random pretrained networks", "random", training, held_out),
             ("one pretrained network", "fixed", training[:1], training[:1]),
         ):
-            distilled = du.DistilledSet(*du.init_from_real(study.mnist, steps=1, per_class=10), step_size=0.1)
+            distilled = du.DistilledSet(
+                *du.initialize(study.mnist, "real", steps=1, per_class=10), step_size=0.1
+            )
             file = study.distill(
                 distilled, poisoned, sample_network(networks), iterations=1000, networks=min(2, len(networks)),
                 batch_size=128, learning_rate=0.1, step_size_learning_rate=0.03, label=f"{source}-as-{target}-{label}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import os
 import platform
@@ -24,14 +25,21 @@ import torch
 from filelock import FileLock  # comes with torch
 
 import distill_utils as du
-import study.parametrizations  # noqa: F401 (so that its sets can be loaded)
 from study import running
 
 RESULTS = Path(__file__).with_name("results")
 TABLES = {  # runs last, as its line says that the others are there
     "accuracies": ["experiment", "row", "set", "network", "value"],
     "sets": ["experiment", "row", "set", "file"],
-    "runs": ["experiment", "seconds", "distillation_seconds", "fraction", "networks", "machine", "versions"],
+    "runs": [
+        "experiment",
+        "seconds",
+        "distillation_seconds",
+        "fraction",
+        "networks",
+        "machine",
+        "versions",
+    ],
 }
 
 
@@ -48,7 +56,9 @@ class Results:
 
     def find(self, experiment: str) -> pd.DataFrame:
         """The accuracies of an experiment, or of all its seeds where the name is given without."""
-        return self.accuracies[self.accuracies.experiment.str.fullmatch(f"{experiment}(-seed[0-9])?")]
+        return self.accuracies[
+            self.accuracies.experiment.str.fullmatch(f"{experiment}(-seed[0-9])?")
+        ]
 
     def without_seeds(self) -> Results:
         """The results of one run of each experiment."""
@@ -62,7 +72,10 @@ class Results:
         found = found[found.row.str.startswith(row)]
         remedy = f"run python -m study {self.folder.name}"
         du.require(len(found) > 0, f"results={self.folder}: no '{row}' of '{experiment}'; {remedy}")
-        return [list(group) for _, group in found.groupby(["experiment", "row", "set"], sort=False).value]
+        return [
+            list(group)
+            for _, group in found.groupby(["experiment", "row", "set"], sort=False).value
+        ]
 
     def pooled(self, experiment: str, row: str) -> du.Accuracies:
         """The accuracies of all networks of all sets."""
@@ -72,19 +85,28 @@ class Results:
         """How an experiment ran: its line of runs.csv."""
         return self.runs.set_index("experiment").loc[experiment]
 
-    def load_set(self, experiment: str, row: str, *, number: int = 0, device: torch.device | str = "cpu"):
+    def load_set(
+        self, experiment: str, row: str, *, number: int = 0, device: torch.device | str = "cpu"
+    ):
         """The distilled set behind a row; the best ones of the stored study are in `distilled/`."""
-        lines = self.sets[(self.sets.experiment == experiment) & (self.sets.row == row) & (self.sets.set == number)]
+        lines = self.sets[
+            (self.sets.experiment == experiment)
+            & (self.sets.row == row)
+            & (self.sets.set == number)
+        ]
         remedy = f"run python -m study {self.folder.name} --only {experiment}"
-        du.require(len(lines) > 0, f"results={self.folder}: no set behind '{row}' of '{experiment}'; {remedy}")
+        du.require(
+            len(lines) > 0,
+            f"results={self.folder}: no set behind '{row}' of '{experiment}'; {remedy}",
+        )
         path = self.folder / lines.file.iloc[0]
-        return du.DistilledSet.load(path, device=device) if path.exists() else du.load(path.stem, device=device)
+        return du.load(path if path.exists() else path.stem, device=device)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict:
     """What a distilled set's file says beside its tensors."""
     with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata()
+        return json.loads(file.metadata()["distilled_set"])
 
 
 def add_lines(folder: Path, lock: Path, experiment: str, lines: dict[str, list[dict]]) -> None:
@@ -97,7 +119,9 @@ def add_lines(folder: Path, lock: Path, experiment: str, lines: dict[str, list[d
             parts = [part for part in (table[table.experiment != experiment], new) if len(part) > 0]
             if parts:
                 with running.write_safely(folder / f"{name}.csv") as path:
-                    pd.concat(parts).sort_values("experiment", kind="stable").to_csv(path, index=False)
+                    pd.concat(parts).sort_values("experiment", kind="stable").to_csv(
+                        path, index=False
+                    )
 
 
 @dataclass
@@ -112,8 +136,12 @@ class Study:
     data_root: str
     fraction: float = 1.0  # of the iterations and pretrained networks
     networks: int = 200  # fresh networks behind an accuracy
-    lines: dict[str, list[dict]] = field(default_factory=lambda: {name: [] for name in TABLES}, init=False)
-    distillation_seconds: float = field(default=math.nan, init=False)  # where an experiment is timed
+    lines: dict[str, list[dict]] = field(
+        default_factory=lambda: {name: [] for name in TABLES}, init=False
+    )
+    distillation_seconds: float = field(
+        default=math.nan, init=False
+    )  # where an experiment is timed
 
     @property
     def folder(self) -> Path:
@@ -125,7 +153,7 @@ class Study:
 
     @cached_property
     def fashion(self) -> du.Dataset:
-        return du.load_torchvision("FashionMNIST", self.data_root, device=self.device)
+        return du.load_mnist(self.data_root, name="FashionMNIST", device=self.device)
 
     @cached_property
     def digits(self) -> du.Dataset:
@@ -136,7 +164,9 @@ class Study:
         for number, values in enumerate(sets):
             line = {"experiment": self.name, "row": row, "set": number}
             values = enumerate(round(float(value), 2) for value in values)
-            self.lines["accuracies"] += [{**line, "network": network, "value": value} for network, value in values]
+            self.lines["accuracies"] += [
+                {**line, "network": network, "value": value} for network, value in values
+            ]
             if files:
                 self.lines["sets"].append({**line, "file": files[number]})
 
@@ -156,11 +186,19 @@ class Study:
         )  # fmt: skip
         return self.save(distilled, dataset, label=label, seed=seed)
 
-    def save(self, distilled: du.DistilledSet, dataset: du.Dataset, *, label: str = "", seed: int = 0) -> str:
+    def save(
+        self, distilled: du.DistilledSet, dataset: du.Dataset, *, label: str = "", seed: int = 0
+    ) -> str:
         """Saves a set in the folder and returns its file's name."""
         file = f"{self.name}{label and '-'}{label}.safetensors"
         command = f"python -m study {self.part} --only {self.name}"
-        distilled.save(self.folder / file, dataset=dataset, network="LeNet", seed=seed, command=command)
+        notes = {
+            "network": "LeNet",
+            "seed": seed,
+            "command": command,
+            "versions": running.versions(),
+        }
+        du.save(distilled, self.folder / file, dataset=dataset, **notes)
         return file
 
     def run(self, experiment: Callable[[Study], None]) -> None:

@@ -16,10 +16,11 @@ import os
 import platform
 import re
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, fields
+from importlib.metadata import version
 from numbers import Number
 from pathlib import Path
 
@@ -28,13 +29,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import distill_utils as du
 
 HEADER = b"checkpoint of distill, format 1\n"
 CONTENT = {"settings", "start", "state", "unroll"}
-STATE = {"distilled", "optimizer", "cosine", "iteration", "running_norm", "history"}
+STATE = {*du.STATEFUL, "running_norm", "history"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -42,101 +42,92 @@ class Interrupted(KeyboardInterrupt):
 
 
 def distill(
-    distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *, iterations: int,
-    checkpoint: str | Path | None = None, validate_every: int = 100, validation_networks: int = 5,
-    progress: bool = True, **options,
-) -> du.History:  # fmt: skip
-    """Runs Algorithm 1 as `du.distill` does, and survives the end of the process.
+    distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, **options
+) -> du.History:
+    """Runs Algorithm 1 as `du.distill` does, and survives the end of the process: see `Run`."""
+    return Run(distilled, dataset, make_network, **options).run()
+
+
+@dataclass(eq=False, repr=False)
+class Run(du.Distillation):
+    """A `Distillation` that survives the end of the process.
 
     The checkpoint is written at each validation, at the end, and on Ctrl-C; the same call resumes from it, on a CPU to
     the bit-identical result. Ctrl-C finishes the iteration at hand and then raises KeyboardInterrupt; a second one
     interrupts at once. In a job of several processes (`torch.distributed`), each has networks and real batches of its
-    own and the gradients are averaged; all start from the state of the first, which alone validates and writes.
+    own and the gradients are averaged; all start from the state of the first, which alone validates and writes, and end
+    with its history.
 
     Args:
-        distilled: the set to improve in place, on the device of `dataset`.
-        dataset: as in `du.Distillation`.
-        make_network: as in `du.Distillation`.
-        iterations: steps of the outer optimizer.
-        checkpoint: a file of this run; if it exists, the run resumes from it.
-        validate_every: iterations between validations.
-        validation_networks: networks behind each validation accuracy.
-        progress: show a progress bar.
-        options: the other options of `du.Distillation`. An `unroll` with a state, as a network pool, has `state_dict`
-            and `load_state_dict`; each process keeps its own.
+        checkpoint: a file of this run; if it exists, the run resumes from it. An `unroll` with a state, as a network
+            pool, has `state_dict` and `load_state_dict`; each process keeps its own.
 
-    Raises ValueError for bad arguments, for the checkpoint of another run and for one that another process is at, and
-    FloatingPointError where training diverges; then `distilled` is as the last completed iteration left it, and the
-    last checkpoint stays. A checkpoint that cannot be written, as on a full disk, is a warning: the run goes on.
+    The others are those of `du.Distillation`. Raises ValueError for bad arguments, for the checkpoint of another run
+    and for one that another process is at, and FloatingPointError where training diverges; then `distilled` is as the
+    last completed iteration left it, and the last checkpoint stays. A checkpoint that cannot be written, as on a full
+    disk, is a warning: the run goes on.
     """
-    return Run(
-        distilled, dataset, make_network, iterations=iterations, checkpoint=checkpoint, validate_every=validate_every,
-        validation_networks=validation_networks, progress=progress, **options,
-    ).finish()  # fmt: skip
 
+    _: KW_ONLY
+    checkpoint: str | Path | None = None
 
-class Run:
-    """A `Distillation`, called `distillation`, with its checkpoint; the arguments are those of `distill`."""
-
-    def __init__(
-        self, distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *,
-        checkpoint: str | Path | None = None, validate_every: int = 100, validation_networks: int = 5,
-        progress: bool = True, **options,
-    ) -> None:  # fmt: skip
-        du.require_counts(validate_every=validate_every, validation_networks=validation_networks)
-        self.distillation = du.Distillation(distilled, dataset, make_network, **options)
-        self.distillation.rank, self.processes = process_rank()
-        self.checkpoint, self.progress = checkpoint, progress
-        self.validate_every, self.validation_networks = validate_every, validation_networks
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:  # before any work
+            on_first_process(lambda: require_writable("checkpoint", self.checkpoint))
+        super().__post_init__()
+        self.rank, self.processes = process_rank()
         self.written = False  # whether the checkpoint is up to date
-        if checkpoint is not None:
-            on_first_process(lambda: require_writable("checkpoint", checkpoint))
-            every = {"validate_every": validate_every, "validation_networks": validation_networks}
-            self.settings = describe_settings(self.distillation, {**options, **every})
-            self.start = describe_start(self.distillation)
+        self.interrupted, self.stopped = threading.Event(), False  # by Ctrl-C, and thereupon
+        if self.checkpoint is not None:
+            self.settings, self.start = describe_settings(self), describe_start(self)
+        self.seed += self.rank << 64  # each process samples its own
+        self.progress = self.progress and self.rank == 0
 
-    def finish(self) -> du.History:
+    def run(self) -> du.History:
         """Resumes where the checkpoint is, runs to the end and returns the history."""
-        run, iterations = self.distillation, self.distillation.iterations
-        options = {"file": sys.stdout, "ncols": 100, "mininterval": 1.0, "disable": not self.progress or run.rank > 0}
         with locked("checkpoint", self.checkpoint):
             self.resume()
-            bar = tqdm(range(run.iteration, iterations), initial=run.iteration, total=iterations, **options)
-            with calm_interrupt() as interrupted, bar:
-                for iteration in bar:
-                    if iteration % self.validate_every == 0:
-                        self.validate()
-                    with du.seeded(run.seed, iteration, run.rank, 2):  # for sets that decode at random
-                        loss = run.compute_gradient()
-                    loss, stop = average_over_processes(run, loss, interrupted.is_set())
-                    run.apply_gradient(loss)
-                    bar.set_postfix_str(self.progress_text(), refresh=False)
-                    if stop:
-                        self.write()
-                        break
-                else:
-                    self.validate()
-        if interrupted.is_set() or run.iteration < iterations:
-            if run.rank == 0:
+            self.stopped = False
+            with calm_interrupt() as self.interrupted:
+                try:
+                    super().run()
+                except KeyboardInterrupt:
+                    if not self.stopped:  # but in the middle of an iteration
+                        raise
+        if self.interrupted.is_set() or self.iteration < self.iterations:
+            if self.rank == 0:
                 print(self.interrupt_text(), flush=True)
-            raise Interrupted(f"after {run.iteration} of {iterations} iterations")
-        return run.history
+            raise Interrupted(f"after {self.iteration} of {self.iterations} iterations")
+        return self.history
+
+    def step(self) -> float:
+        """One iteration, the same in all processes; returns its loss. Raises KeyboardInterrupt after Ctrl-C."""
+        with du.seeded(self.seed, self.iteration, 2):  # for decoders that draw random numbers
+            loss = self.compute_gradient()
+        loss, stop = average_over_processes(self, loss, self.interrupted.is_set())
+        self.apply_gradient()
+        self.history.loss.append(loss)
+        if stop:
+            self.write()
+            self.stopped = True
+            raise KeyboardInterrupt
+        return loss
 
     def validate(self) -> None:
-        """Validates and writes the checkpoint."""
-        on_first_process(lambda: self.distillation.validate(self.validation_networks))
+        """Validates and writes the checkpoint, but not where an interrupted run goes on between two validations."""
+        if self.iteration % self.validate_every > 0 and self.iteration < self.iterations:
+            return
+        on_first_process(super().validate)
+        columns = [self.history.iterations, self.history.accuracy, self.history.images]
+        newest = on_first_process(lambda: [column[-1] for column in columns])
+        if self.history.iterations[-1:] != [self.iteration]:  # in the other processes
+            for column, value in zip(columns, newest, strict=True):
+                column.append(value)
         self.write()
-
-    def progress_text(self) -> str:
-        """The last loss and the last validation, with the iteration that it was made at."""
-        history = self.distillation.history
-        validation = zip(history.accuracy[-1:], history.iterations[-1:], strict=True)
-        parts = [f"validation {accuracy:.1f}% at {iteration}" for accuracy, iteration in validation]
-        return ", ".join([f"loss {history.loss[-1]:.3f}", *parts])
 
     def interrupt_text(self) -> str:
         """The sentence that an interrupted run ends with."""
-        done = f"Interrupted after {self.distillation.iteration} of {self.distillation.iterations} iterations"
+        done = f"Interrupted after {self.iteration} of {self.iterations} iterations"
         if not self.written:
             return f"{done}: the distilled set keeps what it has learned; with checkpoint=, a run can be resumed."
         return f"{done}: the same call, with checkpoint='{self.checkpoint}', goes on from there."
@@ -146,61 +137,70 @@ class Run:
         """Writes the checkpoint, with the state of every process's inner loop."""
         if self.checkpoint is None:
             return
-        run = self.distillation
-        state = {
-            "distilled": run.distilled.state_dict(), "optimizer": run.optimizer.state_dict(),
-            "cosine": run.cosine.state_dict(), "iteration": run.iteration, "running_norm": run.running_norm,
-            "history": vars(run.history),
-        }  # fmt: skip
-        unrolls = gather_on_first_process(run.unroll.state_dict() if hasattr(run.unroll, "state_dict") else None)
-        content = {"settings": self.settings, "start": self.start, "state": state, "unroll": unrolls}
+        own = self.unroll.state_dict() if hasattr(self.unroll, "state_dict") else None
+        content = {"settings": self.settings, "start": self.start, "state": self.state_dict()}
+        content["unroll"] = gather_on_first_process(own)
         self.written = on_first_process(lambda: try_to_write(self.checkpoint, content))
 
     def resume(self) -> None:
         """Puts everything back where the checkpoint exists; every process then has the state of the first."""
-        run = self.distillation
         if self.checkpoint is not None:
             content = on_first_process(self.read)
             if content is not None:
                 content = unpack(content)
-                self.restore(content["state"])
-                own = content["unroll"][run.rank : run.rank + 1]  # nothing for a process more than the run had
+                self.load_state_dict(content["state"])
+                own = content["unroll"][
+                    self.rank : self.rank + 1
+                ]  # nothing for a process more than the run had
                 if own and own[0] is not None:
-                    device = run.dataset.train.images.device
-                    run.unroll.load_state_dict(unpack(pack(own[0]), device))
+                    device = self.dataset.train.images.device
+                    self.unroll.load_state_dict(unpack(pack(own[0]), device))
                 return
         if self.processes > 1:
-            run.distilled.load_state_dict(unpack(on_first_process(lambda: pack(run.distilled.state_dict()))))
-
-    def restore(self, state: dict) -> None:
-        """Puts the state of a checkpoint in the place of the run's."""
-        run = self.distillation
-        for part in ("distilled", "optimizer", "cosine"):
-            getattr(run, part).load_state_dict(state[part])
-        run.iteration, run.running_norm = state["iteration"], state["running_norm"]
-        run.history = du.History(**state["history"])
-        run.distilled.iterations = f"{run.iteration} of {run.iterations}"
+            first = on_first_process(lambda: pack(self.distilled.state_dict()))
+            self.distilled.load_state_dict(unpack(first))
 
     def read(self) -> bytes | None:
         """The checkpoint's content where it exists. Raises ValueError where it is damaged or of another run."""
         if not Path(self.checkpoint).exists():
             return None
         content = read_checkpoint(self.checkpoint)
-        settings, start, reached = content["settings"], content["start"], content["state"]["distilled"]
+        settings, start, reached = (
+            content["settings"],
+            content["start"],
+            content["state"]["distilled"],
+        )
         # A set that was interrupted, and given again, is at the place of the checkpoint rather than at the start.
         start_here = {**self.start, **{name: start[name] for name in reached if name in start}}
-        given = self.distillation.distilled.state_dict()
-        if given.keys() != reached.keys() or any(not is_close(given[name], reached[name], 0) for name in given):
+        given = self.distilled.state_dict()
+        if given.keys() != reached.keys() or any(
+            not is_close(given[name], reached[name], 0) for name in given
+        ):
             start_here = self.start
-        texts = [(name, settings.get(name), self.settings.get(name)) for name in {**settings, **self.settings}]
+        texts = [
+            (name, settings.get(name), self.settings.get(name))
+            for name in {**settings, **self.settings}
+        ]
         texts = [each for each in texts if each[1] != each[2]]
-        tensors = [(name, start.get(name), start_here.get(name)) for name in {**start, **start_here}]
+        tensors = [
+            (name, start.get(name), start_here.get(name)) for name in {**start, **start_here}
+        ]
         for name, there, here in tensors:
             if there is None or here is None or not is_close(there, here):
-                texts.append((name.replace("raw_step_sizes", "step_size"), *(short(name, x) for x in (there, here))))
-        differences = "; ".join(f"{name}: {there} there, {here} here" for name, there, here in texts)
+                texts.append(
+                    (
+                        name.replace("raw_step_sizes", "step_size"),
+                        *(short(name, x) for x in (there, here)),
+                    )
+                )
+        differences = "; ".join(
+            f"{name}: {there} there, {here} here" for name, there, here in texts
+        )
         remedy = "name another file or delete it"
-        du.require(not texts, f"checkpoint='{self.checkpoint}' belongs to another run ({differences}); {remedy}")
+        du.require(
+            not texts,
+            f"checkpoint='{self.checkpoint}' belongs to another run ({differences}); {remedy}",
+        )
         return pack(content)
 
 
@@ -230,8 +230,12 @@ def read_checkpoint(path: str | Path) -> dict:
         du.require(header == HEADER and digest == hashlib.sha256(payload).digest(), "damaged")
         content = unpack(payload)
         du.require(content.keys() == CONTENT and content["state"].keys() == STATE, "not of distill")
-    except Exception as error:  # torch.load meets other versions and contents with errors of many kinds
-        raise ValueError(f"checkpoint='{path}': no checkpoint of distill; delete it or name another") from error
+    except (
+        Exception
+    ) as error:  # torch.load meets other versions and contents with errors of many kinds
+        raise ValueError(
+            f"checkpoint='{path}': no checkpoint of distill; delete it or name another"
+        ) from error
     return content
 
 
@@ -283,7 +287,9 @@ def lock_file(name: str, path: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         other = file.read_text() or "another one"
-        message = f"{name}='{path}': process {other} writes it; wait until it ends or name another file"
+        message = (
+            f"{name}='{path}': process {other} writes it; wait until it ends or name another file"
+        )
         raise ValueError(message) from None
     try:
         file.write_text(f"{os.getpid()} on {platform.node()}")
@@ -312,26 +318,33 @@ def require_writable(name: str, path: str | Path) -> None:
         du.require(not path.is_dir(), f"{name}='{path}': is a folder; name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         there = path.exists() or path.is_symlink()
-        du.require(not there or path.is_file(), f"{name}='{path}': is no regular file; name another")
-        probe = path.with_name(f"{path.name}.{os.getpid()}.{os.getpid()}.partial")  # the longest name in use
+        du.require(
+            not there or path.is_file(), f"{name}='{path}': is no regular file; name another"
+        )
+        probe = path.with_name(
+            f"{path.name}.{os.getpid()}.partial.partial"
+        )  # the longest name in use
         probe.touch()
         probe.unlink()
     except OSError as error:
         reason = f"cannot be written ({error.strerror}: '{error.filename}')"
-        raise ValueError(f"{name}='{path}': {reason}; name a file in a folder that you can write to") from error
+        raise ValueError(
+            f"{name}='{path}': {reason}; name a file in a folder that you can write to"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------- what determines a run
-def describe_settings(run: du.Distillation, options: dict) -> dict[str, str]:
+def describe_settings(run: Run) -> dict[str, str]:
     """Whatever determines the run, apart from the values of `describe_start`, as short texts by name."""
-    parameters = inspect.signature(du.Distillation).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
-    texts = {name: describe(value) for name, value in {**defaults, **options}.items()}
-    network = du.sample_networks(run.make_network, 1, torch.device("cpu"))
+    tensors = ("distilled", "dataset", "make_network", "checkpoint", "progress")
+    names = [field.name for field in fields(run) if field.name not in tensors]
+    texts = {name: describe(getattr(run, name)) for name in names}
+    (network,) = du.sample_networks(run.make_network, 1, torch.device("cpu"))
     structure = re.sub(r" at 0x[0-9a-f]+", "", repr(network))
     texts["network"] = f"{type(network).__name__} {digest(structure.encode())}"
     texts["dataset"] = describe_dataset(run.dataset)
-    return texts | run.distilled.metadata()
+    texts["decoder"] = re.sub(r" at 0x[0-9a-f]+", "", repr(run.distilled.decoder))
+    return texts | {name: str(value) for name, value in run.distilled.inner.items()}
 
 
 def describe(value: object) -> str:
@@ -341,12 +354,25 @@ def describe(value: object) -> str:
     if inspect.isfunction(value):
         code = inspect.unwrap(value).__code__
         closure = [cell.cell_contents for cell in value.__closure__ or ()]
-        parts = [code.co_code.hex(), code.co_consts, code.co_names, [each for each in closure if is_scalar(each)]]
-        local = "<" in value.__qualname__  # a lambda, or a function in a function: its name does not tell what it does
-        text = f"{value.__qualname__} {digest(repr(parts).encode())}" if local else value.__qualname__
+        parts = [
+            code.co_code.hex(),
+            code.co_consts,
+            code.co_names,
+            [each for each in closure if is_scalar(each)],
+        ]
+        local = (
+            "<" in value.__qualname__
+        )  # a lambda, or a function in a function: its name does not tell what it does
+        text = (
+            f"{value.__qualname__} {digest(repr(parts).encode())}" if local else value.__qualname__
+        )
     elif type(value).__repr__ is object.__repr__:
         state = value.state_dict() if hasattr(value, "state_dict") else {}
-        settings = {name: each for name, each in vars(value).items() if is_scalar(each) and name not in state}
+        settings = {
+            name: each
+            for name, each in vars(value).items()
+            if is_scalar(each) and name not in state
+        }
         settings = {name: each for name, each in settings.items() if not name.startswith("_")}
         text = f"{type(value).__name__}({', '.join(f'{name}={settings[name]!r}' for name in sorted(settings))})"
     else:
@@ -374,26 +400,30 @@ def describe_dataset(dataset: du.Dataset) -> str:
 
 
 @torch.no_grad()
-def describe_start(run: du.Distillation) -> dict[str, Tensor]:
+def describe_start(run: Run) -> dict[str, Tensor]:
     """The values that the run starts from: the distilled set, and figures of two networks drawn from a fixed seed.
 
     Two, as those of a fixed initialization are equal. They are compared with a tolerance, see `describe_dataset`.
     """
     with du.seeded(1811, 10959):
-        networks = [du.sample_networks(run.make_network, 1, torch.device("cpu")) for _ in range(2)]
+        networks = du.sample_networks(run.make_network, 2, torch.device("cpu"))
     figures = [network(run.dataset.train.images[:2].cpu()).flatten() for network in networks]
     for network in networks:
         for weights in network.state_dict().values():
             flat = weights.flatten().float()
             wave = torch.arange(len(flat)).cos()  # tells two orders of the same weights apart
             figures.append(torch.stack([flat.mean(), flat.square().mean(), flat @ wave]))
-    start = {name: value.detach().cpu().clone() for name, value in run.distilled.state_dict().items()}
+    start = {
+        name: value.detach().cpu().clone() for name, value in run.distilled.state_dict().items()
+    }
     return {**start, "initialization": torch.cat(figures)}
 
 
 def is_close(first: Tensor, second: Tensor, tolerance: float = 1e-4) -> bool:
     first, second = first.cpu(), second.cpu()
-    return first.shape == second.shape and torch.allclose(first, second, rtol=tolerance, atol=tolerance)
+    return first.shape == second.shape and torch.allclose(
+        first, second, rtol=tolerance, atol=tolerance
+    )
 
 
 def short(name: str, value: Tensor | None) -> str:
@@ -402,8 +432,17 @@ def short(name: str, value: Tensor | None) -> str:
         return "none"
     if name == "raw_step_sizes":
         low, high = (f"{float(each):.4g}" for each in F.softplus(value).aminmax())
-        return f"{low} for {len(value)} updates" if low == high else f"{low} to {high} for {len(value)} updates"
+        return (
+            f"{low} for {len(value)} updates"
+            if low == high
+            else f"{low} to {high} for {len(value)} updates"
+        )
     return f"{list(value.shape)} {digest(value.numpy().tobytes())}"
+
+
+def versions() -> str:
+    """The libraries that a set's values depend on."""
+    return " ".join(f"{name}=={version(name)}" for name in ("torch", "torchvision", "higher"))
 
 
 def digest(content: bytes) -> str:
@@ -438,13 +477,19 @@ def process_rank() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
 
 
-def average_over_processes(run: du.Distillation, loss: float, interrupted: bool) -> tuple[float, bool]:
+def average_over_processes(
+    run: du.Distillation, loss: float, interrupted: bool
+) -> tuple[float, bool]:
     """Averages the meta-gradient, in place, and the loss over all processes; tells whether any was interrupted."""
     _, processes = process_rank()
     if processes == 1:
         return loss, interrupted
-    gradients = [parameter.grad for parameter in run.distilled.parameters() if parameter.grad is not None]
-    message = torch.cat([*map(torch.flatten, gradients), gradients[0].new_tensor([loss, interrupted])])
+    gradients = [
+        parameter.grad for parameter in run.distilled.parameters() if parameter.grad is not None
+    ]
+    message = torch.cat(
+        [*map(torch.flatten, gradients), gradients[0].new_tensor([loss, interrupted])]
+    )
     dist.all_reduce(message)  # one for everything, since each costs a round trip
     *means, (loss, interruptions) = (message / processes).split([*map(torch.numel, gradients), 2])
     for gradient, mean in zip(gradients, means, strict=True):

@@ -23,6 +23,7 @@ import tyro
 
 import distill_utils as du
 from study import running, truncation
+from study.parametrizations import multi_formation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class Options:
     steps: int = 10
     per_class: int = 1
     epochs: int = 1
-    init: Literal["noise", "real", "kmeans"] = "real"
+    init: Literal["noise", "real", "k-means"] = "real"
     init_std: float | None = None
     factor: int = 1
     step_size: float = 0.02
@@ -106,7 +107,9 @@ def parse(arguments: list[str]) -> Options:
     except SystemExit as end:
         if not end.code:  # after --help
             raise
-        _, message, *_ = re.split("[-─╭╮╰╯]{5,}", said.getvalue())  # title, message and help, in a frame or not
+        _, message, *_ = re.split(
+            "[-─╭╮╰╯]{5,}", said.getvalue()
+        )  # title, message and help, in a frame or not
         text = " ".join(message.replace("│", " ").split()).rstrip(".")
         raise ValueError(f"{text}; see --help") from None
 
@@ -115,26 +118,48 @@ def check(options: Options) -> None:
     """Raises ValueError for what the library would find only after work, or not at all."""
     for name, value in vars(options).items():
         if isinstance(value, float):
-            du.require(abs(value) < 1e37, f"{name}={value}: give a number below 1e37")  # which float32 still holds
+            du.require(
+                abs(value) < 1e37, f"{name}={value}: give a number below 1e37"
+            )  # which float32 still holds
     for name in ("seed", "fixed_initialization"):
         value = getattr(options, name) or 0
         du.require(0 <= value < 2**63, f"{name}={value}: give at least 0 and less than 2**63")
-    counts = ("steps", "per_class", "epochs", "factor", "iterations", "networks", "batch_size", "validate_every")
+    counts = (
+        "steps",
+        "per_class",
+        "epochs",
+        "factor",
+        "iterations",
+        "networks",
+        "batch_size",
+        "validate_every",
+    )
     counts += ("validation_networks", "test_networks")
     du.require_counts(**{name: getattr(options, name) for name in counts})
-    du.require(options.init_std is None or options.init == "noise", needs(options, "init_std", "--init noise"))
+    du.require(
+        options.init_std is None or options.init == "noise",
+        needs(options, "init_std", "--init noise"),
+    )
     du.require((options.init_std or 0) >= 0, f"init_std={options.init_std}: give at least 0")
     du.require(
-        options.label_smoothing is None or options.soft_labels, needs(options, "label_smoothing", "--soft-labels")
+        options.label_smoothing is None or options.soft_labels,
+        needs(options, "label_smoothing", "--soft-labels"),
     )
-    du.require(options.pool is None or options.window is not None, needs(options, "pool", "--window"))
+    du.require(
+        options.pool is None or options.window is not None, needs(options, "pool", "--window")
+    )
     alone = options.checkpointed is None or options.window is None
-    du.require(alone, f"checkpointed={options.checkpointed}: does not go with --window; leave one of them out")
+    du.require(
+        alone,
+        f"checkpointed={options.checkpointed}: does not go with --window; leave one of them out",
+    )
     running.require_writable("output", options.output)
     if options.checkpoint is not None:
         running.require_writable("checkpoint", options.checkpoint)
         same = options.checkpoint.resolve() == options.output.resolve()
-        du.require(not same, f"checkpoint='{options.checkpoint}': is the output as well; name another file")
+        du.require(
+            not same, f"checkpoint='{options.checkpoint}': is the output as well; name another file"
+        )
 
 
 def needs(options: Options, name: str, other: str) -> str:
@@ -151,12 +176,17 @@ def several_processes(name: str) -> Iterator[torch.device]:
         return
     if device.type == "cuda":
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        du.require(number < count, f"device='{name}': {count} here for more processes; lower --nproc-per-node")
+        du.require(
+            number < count,
+            f"device='{name}': {count} here for more processes; lower --nproc-per-node",
+        )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     elif name == "auto":
         device = torch.device("cpu")
-    du.require(device.type != "mps", f"device='{name}': not for several processes; give cpu or cuda")
+    du.require(
+        device.type != "mps", f"device='{name}': not for several processes; give cpu or cuda"
+    )
     dist.init_process_group()  # gloo for tensors on a CPU, nccl for those on a GPU
     yield device
     dist.destroy_process_group()
@@ -170,7 +200,7 @@ def load_dataset(options: Options, device: torch.device) -> du.Dataset:
     if options.dataset == "digits":
         dataset = du.load_digits(device=device)
     else:
-        dataset = du.load_torchvision(options.dataset, options.data_root, device=device)
+        dataset = du.load_mnist(options.data_root, name=options.dataset, device=device)
     if dist.is_initialized() and not waits:
         dist.barrier()
     return dataset
@@ -178,14 +208,16 @@ def load_dataset(options: Options, device: torch.device) -> du.Dataset:
 
 def make_distilled_set(options: Options, dataset: du.Dataset) -> du.DistilledSet:
     """The set to start from."""
-    init = {"noise": du.init_from_noise, "real": du.init_from_real, "kmeans": du.init_from_kmeans}[options.init]
     std = {} if options.init_std is None else {"std": options.init_std}
-    images, labels = init(dataset, steps=options.steps, per_class=options.per_class, seed=options.seed, **std)
-    smoothing = {} if options.label_smoothing is None else {"label_smoothing": options.label_smoothing}
+    counts = {"steps": options.steps, "per_class": options.per_class}
+    images, labels = du.initialize(dataset, options.init, seed=options.seed, **counts, **std)
+    smoothing = (
+        {} if options.label_smoothing is None else {"label_smoothing": options.label_smoothing}
+    )
     names = ("epochs", "step_size", "soft_labels", "optimizer", "momentum")
     chosen = {name: getattr(options, name) for name in names} | smoothing
     if options.factor > 1:
-        return du.MultiFormation.from_images(images, labels, factor=options.factor, **chosen)
+        return multi_formation(images, labels, factor=options.factor, **chosen)
     return du.DistilledSet(images, labels, **chosen)
 
 
@@ -195,16 +227,29 @@ def make_unroll(options: Options) -> Callable:
         return truncation.NetworkPool(options.pool, window=options.window)
     if options.window is not None:
         return truncation.RandomWindow(options.window, seed=options.seed)
-    return du.unroll if options.checkpointed is None else truncation.Checkpointed(options.checkpointed)
+    return (
+        du.unroll if options.checkpointed is None else truncation.Checkpointed(options.checkpointed)
+    )
 
 
 def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) -> running.Run:
     """The run, ready to start or to resume."""
-    names = ("iterations", "networks", "batch_size", "learning_rate", "step_size_learning_rate", "seed")
+    names = (
+        "iterations",
+        "networks",
+        "batch_size",
+        "learning_rate",
+        "step_size_learning_rate",
+        "seed",
+    )
     names += ("checkpoint", "validate_every", "validation_networks", "progress")
     chosen = {name: getattr(options, name) for name in names}
     return running.Run(
-        make_distilled_set(options, dataset), dataset, make_network, unroll=make_unroll(options), **chosen
+        make_distilled_set(options, dataset),
+        dataset,
+        make_network,
+        unroll=make_unroll(options),
+        **chosen,
     )
 
 
@@ -217,8 +262,8 @@ def distill(options: Options) -> int:
         make_network = du.LeNet if fixed is None else du.fixed_initialization(du.LeNet, seed=fixed)
         run = make_run(options, dataset, make_network)
         try:
-            run.finish()
-            require_finite(run.distillation.distilled)
+            run.run()
+            require_finite(run.distilled)
         except running.Interrupted:
             save(options, run, options.output)
             report(f"{options.output}: interrupted, written {progress(run)}")
@@ -234,7 +279,7 @@ def distill(options: Options) -> int:
 def test(options: Options, run: running.Run, make_network: du.Factory) -> int:
     """Prints the accuracy of the set, which is written already; returns the exit status."""
     networks = options.test_networks if options.fixed_initialization is None else 1
-    distilled, split = run.distillation.distilled, run.distillation.dataset.test
+    distilled, split = run.distilled, run.dataset.test
     try:
         result = du.evaluate(distilled, split, make_network, networks=networks)
     except KeyboardInterrupt:
@@ -251,28 +296,31 @@ def save(options: Options, run: running.Run, path: Path) -> None:
         return
     processes = running.process_rank()[1]
     runner = f"torchrun --nproc-per-node={processes}" if "LOCAL_RANK" in os.environ else "python"
-    distillation, fixed = run.distillation, options.fixed_initialization
+    fixed = options.fixed_initialization
     notes = {
         "network": "LeNet", "initialization": "random" if fixed is None else f"fixed, seed {fixed}",
         "seed": options.seed,
         "command": f"{runner} -m study.train {shlex.join(sys.argv[1:])}",
+        "versions": running.versions(),
     }  # fmt: skip
     try:
         with running.write_safely(path) as partial:
-            distillation.distilled.save(partial, dataset=distillation.dataset, **notes)
-            du.DistilledSet.load(partial)
+            du.save(run.distilled, partial, dataset=run.dataset, **notes)
+            du.load(partial)
     except OSError as error:
         elsewhere = Path(tempfile.mkdtemp(prefix="distilled-")) / path.name
-        distillation.distilled.save(elsewhere, dataset=distillation.dataset, **notes)
+        du.save(run.distilled, elsewhere, dataset=run.dataset, **notes)
         place = f"the set {progress(run)} is in '{elsewhere}'"
         raise OSError(f"output='{path}': cannot be written ({error.strerror}); {place}") from error
 
 
 def save_diverged(options: Options, run: running.Run) -> str:
     """Writes what diverged training leaves beside the output, whose sound set it must not replace; tells where."""
-    path = options.output.with_name(f"{options.output.name.removesuffix('.safetensors')}.diverged.safetensors")
+    path = options.output.with_name(
+        f"{options.output.name.removesuffix('.safetensors')}.diverged.safetensors"
+    )
     try:
-        require_finite(run.distillation.distilled)
+        require_finite(run.distilled)
     except FloatingPointError:
         return f"nothing sound is left to write, and {options.output} is as it was"
     save(options, run, path)
@@ -282,11 +330,13 @@ def save_diverged(options: Options, run: running.Run) -> str:
 def require_finite(distilled: du.DistilledSet) -> None:
     sound = all(bool(value.isfinite().all()) for value in distilled.state_dict().values())
     if not sound:
-        raise FloatingPointError("the set has values that are not finite; lower step_size= or the learning rates")
+        raise FloatingPointError(
+            "the set has values that are not finite; lower step_size= or the learning rates"
+        )
 
 
 def progress(run: running.Run) -> str:
-    return f"after {run.distillation.iteration} of {run.distillation.iterations} iterations"
+    return f"after {run.iteration} of {run.iterations} iterations"
 
 
 def report(text: str) -> None:

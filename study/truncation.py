@@ -19,7 +19,9 @@ from torch.autograd.function import once_differentiable
 import distill_utils as du
 
 Update = tuple[Tensor, Tensor, Tensor]  # images [n, c, h, w], labels [n, classes], step size []
-State = dict[str, Tensor | int]  # "done", "parameter/0", "buffer/scale", "moment/0/exp_avg", "moment/0/step", ...
+State = dict[
+    str, Tensor | int
+]  # "done", "parameter/0", "buffer/scale", "moment/0/exp_avg", "moment/0/step", ...
 
 
 class InnerRun:
@@ -33,17 +35,24 @@ class InnerRun:
         state: where to continue, from `state_dict`; without one, the run starts at the network's own values.
     """
 
-    def __init__(self, network: nn.Module, distilled: du.DistilledSet, state: State | None = None) -> None:
-        self.network, self.distilled = network, distilled
+    def __init__(
+        self, network: nn.Module, distilled: du.DistilledSet, state: State | None = None
+    ) -> None:
+        self.network, self.distilled = du.as_ensemble(network), distilled
+        network = self.network
         if state is None:
             values = {f"parameter/{i}": value for i, value in enumerate(network.parameters())}
             values |= {f"buffer/{name}": value for name, value in network.named_buffers()}
             state = {"done": 0, **{name: value.detach().clone() for name, value in values.items()}}
         self.state: State = dict(state)
         for i, parameter in enumerate(network.parameters()):
-            found, wanted = list(getattr(state.get(f"parameter/{i}"), "shape", [])), list(parameter.shape)
+            found, wanted = (
+                list(getattr(state.get(f"parameter/{i}"), "shape", [])),
+                list(parameter.shape),
+            )
             du.require(
-                found == wanted, f"state: parameter {i} has shape {found}; give a state of this network, {wanted}"
+                found == wanted,
+                f"state: parameter {i} has shape {found}; give a state of this network, {wanted}",
             )
 
     @property
@@ -58,7 +67,7 @@ class InnerRun:
         du.require(len(updates) > 0, "updates: none; give at least one, from distilled.schedule()")
         trained, inner = self._patch(differentiable)
         for images, labels, step_size in updates:
-            inner.step(du.training_loss(trained(images), labels), override={"lr": [step_size]})
+            inner.step(du.cross_entropy(trained(images), labels), override={"lr": [step_size]})
         self.state = {"done": self.done + len(updates), **read_state(trained, inner)}
         if not differentiable:
             self.state = self.state_dict()  # a buffer would keep its graph
@@ -70,19 +79,31 @@ class InnerRun:
 
     def state_dict(self) -> State:
         """Detached tensors and the numbers of updates made; `torch.load` reads them with `weights_only`."""
-        return {name: value.detach() if torch.is_tensor(value) else value for name, value in self.state.items()}
+        return {
+            name: value.detach() if torch.is_tensor(value) else value
+            for name, value in self.state.items()
+        }
 
-    def _patch(self, differentiable: bool) -> tuple[nn.Module, higher.optim.DifferentiableOptimizer]:
+    def _patch(
+        self, differentiable: bool
+    ) -> tuple[nn.Module, higher.optim.DifferentiableOptimizer]:
         """A functional copy of the network, and of its optimizer, in the state of the run."""
         optimizer = self.distilled.make_optimizer(self.network.parameters())
-        with higher.innerloop_ctx(self.network, optimizer, track_higher_grads=differentiable) as (patched, inner):
+        with higher.innerloop_ctx(self.network, optimizer, track_higher_grads=differentiable) as (
+            patched,
+            inner,
+        ):
             parameters = [self.state[f"parameter/{i}"] for i in range(len(patched.fast_params))]
-            patched.update_params([value if value.requires_grad else leaf(value) for value in parameters])
+            patched.update_params(
+                [value if value.requires_grad else leaf(value) for value in parameters]
+            )
         for name, value in self.state.items():
             kind, _, rest = name.partition("/")
             if kind == "buffer":
                 module, _, buffer = rest.rpartition(".")
-                setattr(patched.get_submodule(module), buffer, value.clone())  # as a forward may change it in place
+                setattr(
+                    patched.get_submodule(module), buffer, value.clone()
+                )  # as a forward may change it in place
             elif kind == "moment":
                 parameter, moment = rest.split("/")
                 inner.state[0][int(parameter)][moment] = value
@@ -199,7 +220,10 @@ class NetworkPool:
 
     def load_state_dict(self, state: dict) -> None:
         count = len(state["states"])
-        du.require(count == self.size, f"state: it has {count} networks; give that of a pool of size={self.size}")
+        du.require(
+            count == self.size,
+            f"state: it has {count} networks; give that of a pool of size={self.size}",
+        )
         self.calls, self.states = state["calls"], list(state["states"])
 
 
@@ -221,7 +245,8 @@ class Checkpointed:
         du.require_counts(segment=self.segment)
 
     def __call__(self, network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
-        updates, state = list(distilled.schedule()), InnerRun(network, distilled).state
+        network, updates = du.as_ensemble(network), list(distilled.schedule())
+        state = InnerRun(network, distilled).state
         for first in range(0, len(updates), self.segment):
             state = run_segment(network, distilled, state, updates[first : first + self.segment])
         return InnerRun(network, distilled, state).trained()
@@ -244,7 +269,9 @@ def run_segment(
         tensors = iter(inputs)
         start = {**state, **dict(zip(names, tensors, strict=False))}
         segment = InnerRun(network, distilled, start)
-        segment.advance(list(zip(tensors, tensors, tensors, strict=True)), differentiable=differentiable)
+        segment.advance(
+            list(zip(tensors, tensors, tensors, strict=True)), differentiable=differentiable
+        )
         ends.update(segment.state_dict())
         return [value for value in segment.state.values() if torch.is_tensor(value)]
 
@@ -256,7 +283,9 @@ class Segment(torch.autograd.Function):
     """Some updates of the inner loop, of which only the inputs are stored; the backward pass runs them again."""
 
     @staticmethod
-    def forward(ctx, run: Callable[[Sequence[Tensor], bool], list[Tensor]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, run: Callable[[Sequence[Tensor], bool], list[Tensor]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.run = run
         ctx.save_for_backward(*inputs)
         ends = run([tensor.detach() for tensor in inputs], False)
@@ -267,9 +296,16 @@ class Segment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)]
+        inputs = [
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
         ends = ctx.run(inputs, True)
-        reached = [(end, gradient) for end, gradient in zip(ends, gradients, strict=True) if end.requires_grad]
+        reached = [
+            (end, gradient)
+            for end, gradient in zip(ends, gradients, strict=True)
+            if end.requires_grad
+        ]
         sources = [tensor for tensor in inputs if tensor.requires_grad]
         outputs, gradients = zip(*reached, strict=True)
         found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))

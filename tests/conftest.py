@@ -33,7 +33,9 @@ def make_toy(device: torch.device | str = "cpu") -> du.Dataset:
     labels = torch.arange(90) % 3
     pixels = 0.2 * torch.rand(90, 1, 4, 4, generator=generator)
     pixels[torch.arange(90), 0, labels] += 0.7  # class k has row k bright
-    return du.make_dataset("toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device=device)
+    return du.make_dataset(
+        "toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device=device
+    )
 
 
 @pytest.fixture
@@ -83,10 +85,18 @@ torchvision.datasets.MNIST.download = fail
 """
 
 
-def decoder_weights() -> dict[str, Tensor]:
-    """Random weights of a `du.Decoded` that turns codes of 5 floats into images [1, 4, 4]."""
-    sizes = ((5, 4, 1, 1), (4,), (4, 3, 4, 4), (3,), (3, 1, 4, 4), (1,))
-    return {name: 0.3 * torch.randn(size) for name, size in zip(du.Decoded.shared, sizes, strict=True)}
+def multi_formation(images: Tensor, labels: Tensor, **options) -> du.DistilledSet:
+    """A set of images of full size, four of them in each stored one."""
+    decoder = du.MultiFormation(2)
+    return du.DistilledSet(decoder.pack(images), labels, decoder=decoder, **options)
+
+
+def make_decoder() -> du.CodeDecoder:
+    """Turns codes of 5 numbers into images [1, 4, 4]."""
+    decoder = du.CodeDecoder(5, [4, 3], [1, 4, 4])
+    for weight in decoder.parameters():
+        weight.data = 0.3 * torch.randn_like(weight)
+    return decoder
 
 
 # ----------------------------------------------------------------------------------------- faults
@@ -99,7 +109,11 @@ def pytest_runtest_call(item):
     status, before, begin = Path("/proc/self/status"), 0.0, time.perf_counter()
 
     def read_gigabytes(name: str) -> float:
-        return int(status.read_text().split(f"{name}:")[1].split()[0]) / 1e6 if status.exists() else 0.0
+        return (
+            int(status.read_text().split(f"{name}:")[1].split()[0]) / 1e6
+            if status.exists()
+            else 0.0
+        )
 
     if status.exists():  # on Linux
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -123,7 +137,9 @@ def pytest_terminal_summary(terminalreporter):
         for report in terminalreporter.stats.get(outcome, []):
             for kind, measured in getattr(report, "user_properties", []):
                 if report.when == "call":
-                    found[kind].append((outcome == "passed", measured["seconds"], measured["gigabytes"]))
+                    found[kind].append(
+                        (outcome == "passed", measured["seconds"], measured["gigabytes"])
+                    )
     for kind, tests in sorted(found.items()):
         passed, seconds, gigabytes = zip(*tests, strict=True)
         limits = f"slowest {max(seconds):.1f} s, peak memory {max(gigabytes):.2f} GB"
@@ -139,7 +155,11 @@ class Remote(Tensor):
     def __new__(cls, local: Tensor) -> "Remote":
         if local.dtype == torch.float64:
             raise TypeError("float64 on a device that has none")
-        layout = {"strides": local.stride(), "storage_offset": local.storage_offset(), "dtype": local.dtype}
+        layout = {
+            "strides": local.stride(),
+            "storage_offset": local.storage_offset(),
+            "dtype": local.dtype,
+        }
         return Tensor._make_wrapper_subclass(cls, local.shape, device="meta", **layout)
 
     def __init__(self, local: Tensor) -> None:
@@ -155,22 +175,37 @@ class Remote(Tensor):
 def run_remotely(function, args, kwargs):
     """Runs an operation on the values of remote tensors; raises RuntimeError where it mixes devices."""
     copies = function._schema.name in ("aten::_to_copy", "aten::copy_")
-    indexes = function._schema.name in ("aten::index", "aten::index_put_")  # the indices may be on the CPU
-    tensors = [leaf for leaf in tree_leaves(args[:1] if indexes else (args, kwargs)) if isinstance(leaf, Tensor)]
+    indexes = function._schema.name in (
+        "aten::index",
+        "aten::index_put_",
+    )  # the indices may be on the CPU
+    tensors = [
+        leaf
+        for leaf in tree_leaves(args[:1] if indexes else (args, kwargs))
+        if isinstance(leaf, Tensor)
+    ]
     if indexes:
         tensors += [index for index in args[1] if isinstance(index, Remote)]
     remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
-    if remote and not copies and any(tensor.dim() > 0 for tensor in tensors if not isinstance(tensor, Remote)):
+    if (
+        remote
+        and not copies
+        and any(tensor.dim() > 0 for tensor in tensors if not isinstance(tensor, Remote))
+    ):
         raise RuntimeError(f"{function}: expected all tensors to be on the same device")
 
     device = kwargs.get("device")
     goes_there = bool(remote) if device is None else torch.device(device).type == "meta"
     kwargs = kwargs if device is None else {**kwargs, "device": "cpu"}
-    local_args, local_kwargs = tree_map(lambda leaf: leaf.local if isinstance(leaf, Remote) else leaf, (args, kwargs))
+    local_args, local_kwargs = tree_map(
+        lambda leaf: leaf.local if isinstance(leaf, Remote) else leaf, (args, kwargs)
+    )
     result = function(*local_args, **local_kwargs)
     if function._schema.is_mutable and function._schema.name.endswith("_"):
         return args[0] if function._schema.returns else None
-    return tree_map(lambda leaf: Remote(leaf) if goes_there and isinstance(leaf, Tensor) else leaf, result)
+    return tree_map(
+        lambda leaf: Remote(leaf) if goes_there and isinstance(leaf, Tensor) else leaf, result
+    )
 
 
 class EmulatedAccelerator(TorchDispatchMode):

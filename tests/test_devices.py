@@ -5,23 +5,19 @@ import torch
 from torch import Tensor
 
 import distill_utils as du
-from tests.conftest import decoder_weights
+from tests.conftest import make_decoder, multi_formation
 
 SETTINGS = {"iterations": 3, "batch_size": 8, "validate_every": 2, "progress": False}
 
 
 def make_set(dataset: du.Dataset, *, factor=1, decoded=False, **options) -> du.DistilledSet:
-    images, labels = du.init_from_real(dataset, steps=2, per_class=factor**2)
+    images, labels = du.initialize(dataset, "real", steps=2, per_class=factor**2)
     options = {"epochs": 2, "step_size": 0.1, **options}
     if decoded:
         with du.seeded(0):
-            codes, weights = torch.rand(2, 3, 5, 1, 1), decoder_weights()
-        return du.Decoded(
-            codes.to(images), labels, **options, **{name: each.to(images) for name, each in weights.items()}
-        )
-    if factor > 1:
-        return du.MultiFormation.from_images(images, labels, factor=factor, **options)
-    return du.DistilledSet(images, labels, **options)
+            codes, options["decoder"] = torch.rand(2, 3, 5, 1, 1), make_decoder()
+        return du.DistilledSet(codes, labels.cpu(), **options).to(images.device)
+    return (multi_formation if factor > 1 else du.DistilledSet)(images, labels, **options)
 
 
 KINDS = pytest.mark.parametrize(
@@ -42,15 +38,18 @@ def assert_all_on(device: torch.device, *tensors: Tensor) -> None:
     assert not {tensor.dtype for tensor in tensors} & {torch.float64, torch.float16}
 
 
-@pytest.mark.parametrize("initialize", [du.init_from_noise, du.init_from_real, du.init_from_kmeans])
-def test_initial_images_are_on_the_datasets_device(device, toy_on_device, initialize):
-    assert_all_on(device, *toy_on_device.train, *initialize(toy_on_device, steps=2, per_class=2))
+@pytest.mark.parametrize("kind", ["noise", "real", "k-means"])
+def test_initial_images_are_on_the_datasets_device(device, toy_on_device, kind):
+    images = du.initialize(toy_on_device, kind, steps=2, per_class=2)
+    assert_all_on(device, *toy_on_device.train, *images)
 
 
 @KINDS
 def test_a_set_trains_on_the_device_as_on_the_cpu(device, toy_on_device, toy, smooth, options):
     distilled = make_set(toy_on_device, **options)
-    assert_all_on(device, *distilled.parameters(), distilled.decode(), distilled.labels, distilled.step_sizes)
+    assert_all_on(
+        device, *distilled.parameters(), distilled.decode(), distilled.labels, distilled.step_sizes
+    )
     network = smooth()
     loss = du.outer_loss(network, on_cpu := make_set(toy, **options), toy.test)
     loss.backward()
@@ -64,24 +63,35 @@ def test_a_set_trains_on_the_device_as_on_the_cpu(device, toy_on_device, toy, sm
 
 @KINDS
 @pytest.mark.parametrize("networks", [1, 3])
-def test_distillation_on_the_device_does_what_it_does_on_the_cpu(device, toy_on_device, toy, smooth, options, networks):
+def test_distillation_on_the_device_does_what_it_does_on_the_cpu(
+    device, toy_on_device, toy, smooth, options, networks
+):
     there, here = make_set(toy_on_device, **options), make_set(toy, **options)
     history = du.distill(there, toy_on_device, smooth, networks=networks, **SETTINGS)
     expected = du.distill(here, toy, smooth, networks=networks, **SETTINGS)
     assert history.loss == pytest.approx(expected.loss, rel=1e-3)
     assert {images.device.type for images in history.images} == {"cpu"}
     assert_all_on(device, there.images)
-    torch.testing.assert_close(there.images.detach().cpu(), here.images.detach(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        there.images.detach().cpu(), here.images.detach(), rtol=1e-2, atol=1e-3
+    )
 
 
-def test_evaluation_and_training_on_the_device_do_what_they_do_on_the_cpu(device, toy_on_device, toy, smooth):
+def test_evaluation_and_training_on_the_device_do_what_they_do_on_the_cpu(
+    device, toy_on_device, toy, smooth
+):
     options = {"soft_labels": True, "optimizer": "Adam", "step_size": 0.02}
     there, here = (
-        du.evaluate(make_set(dataset, **options), dataset.test, smooth, networks=9) for dataset in (toy_on_device, toy)
+        du.evaluate(make_set(dataset, **options), dataset.test, smooth, networks=9)
+        for dataset in (toy_on_device, toy)
     )
     assert there.values.device.type == "cpu"
-    assert there.values.tolist() == pytest.approx(here.values.tolist(), abs=4)  # one image in thirty
-    best = du.best_constant_step_size(make_set(toy_on_device), toy_on_device, smooth, step_sizes=(0.01, 0.1))
+    assert there.values.tolist() == pytest.approx(
+        here.values.tolist(), abs=4
+    )  # one image in thirty
+    best = du.best_constant_step_size(
+        make_set(toy_on_device), toy_on_device, smooth, step_sizes=(0.01, 0.1)
+    )
     assert_all_on(device, best.step_sizes)
     network = du.train(smooth().to(device), toy_on_device.train, epochs=20, batch_size=10)
     assert float(du.accuracy(network, toy_on_device.test)) > 95
@@ -89,15 +99,17 @@ def test_evaluation_and_training_on_the_device_do_what_they_do_on_the_cpu(device
 
 def test_a_set_is_saved_from_the_device(device, toy_on_device, tmp_path):
     distilled = make_set(toy_on_device, factor=2, soft_labels=True)
-    distilled.save(tmp_path / "toy.safetensors", dataset=toy_on_device)
-    assert torch.equal(du.DistilledSet.load(tmp_path / "toy.safetensors").images, distilled.images.detach().cpu())
+    du.save(distilled, tmp_path / "toy.safetensors", dataset=toy_on_device)
+    assert torch.equal(
+        du.load(tmp_path / "toy.safetensors").images, distilled.images.detach().cpu()
+    )
 
 
 def test_a_set_is_loaded_on_every_real_device(device, toy, smooth, tmp_path):
     if device.type == "meta":
         pytest.skip("files are read by safetensors, which does not know the emulated device")
-    make_set(toy).save(tmp_path / "toy.safetensors", dataset=toy)
-    assert_all_on(device, *du.DistilledSet.load(tmp_path / "toy.safetensors", device=device).parameters())
+    du.save(make_set(toy), tmp_path / "toy.safetensors", dataset=toy)
+    assert_all_on(device, *du.load(tmp_path / "toy.safetensors", device=device).parameters())
 
 
 def test_the_emulated_accelerator_refuses_what_a_real_one_refuses(device):

@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import distill_utils as du
-from tests.conftest import decoder_weights
+from tests.conftest import make_decoder
 
 SGD, MOMENTUM, ADAM = {"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "Adam"}  # inner loops
 
@@ -15,7 +15,7 @@ SGD, MOMENTUM, ADAM = {"momentum": 0.0}, {"momentum": 0.9}, {"optimizer": "Adam"
 def make_problem(toy, *, epochs=2, optimizer="SGD", **options):
     """A distilled set of 2 steps × 3 images and a real batch, in float64."""
     torch.set_default_dtype(torch.float64)
-    images, labels = du.init_from_noise(toy, steps=2)
+    images, labels = du.initialize(toy, "noise", steps=2)
     step_size = 0.3 if optimizer == "SGD" else 0.02
     options = {"epochs": epochs, "optimizer": optimizer, "step_size": step_size, **options}
     real = du.Split(toy.train.images.double(), toy.train.labels)
@@ -33,14 +33,30 @@ def functional_loss(network, real, images, labels, step_sizes, *, optimizer="SGD
         values = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         gradients = dict(zip(weights, values, strict=True))
         if optimizer == "SGD":
-            velocity = {name: momentum * velocity[name] + gradient for name, gradient in gradients.items()}
-            weights = {name: weights[name] - step_sizes[update] * velocity[name] for name in weights}
+            velocity = {
+                name: momentum * velocity[name] + gradient for name, gradient in gradients.items()
+            }
+            weights = {
+                name: weights[name] - step_sizes[update] * velocity[name] for name in weights
+            }
         else:
-            velocity = {name: 0.9 * velocity[name] + 0.1 * gradient for name, gradient in gradients.items()}
-            square = {name: 0.999 * square[name] + 0.001 * gradient**2 for name, gradient in gradients.items()}
-            size = step_sizes[update] * (1 - 0.999 ** (update + 1)) ** 0.5 / (1 - 0.9 ** (update + 1))
-            roots = {name: (square[name] + 1e-40).sqrt() for name in weights}  # 1e-40: a slope where a gradient is 0
-            weights = {name: weights[name] - size * velocity[name] / (roots[name] + 1e-4) for name in weights}
+            velocity = {
+                name: 0.9 * velocity[name] + 0.1 * gradient for name, gradient in gradients.items()
+            }
+            square = {
+                name: 0.999 * square[name] + 0.001 * gradient**2
+                for name, gradient in gradients.items()
+            }
+            size = (
+                step_sizes[update] * (1 - 0.999 ** (update + 1)) ** 0.5 / (1 - 0.9 ** (update + 1))
+            )
+            roots = {
+                name: (square[name] + 1e-40).sqrt() for name in weights
+            }  # 1e-40: a slope where a gradient is 0
+            weights = {
+                name: weights[name] - size * velocity[name] / (roots[name] + 1e-4)
+                for name in weights
+            }
     return F.cross_entropy(functional_call(network, weights, real.images), real.labels)
 
 
@@ -64,7 +80,9 @@ def test_gradients_equal_a_functional_loop(toy, smooth, inner, soft_labels, arch
     learned = list(distilled.parameters())
     assert len(learned) == 2 + soft_labels
     loss = du.outer_loss(network, distilled, real)
-    expected = functional_loss(network, real, distilled.images, distilled.labels, distilled.step_sizes, **inner)
+    expected = functional_loss(
+        network, real, distilled.images, distilled.labels, distilled.step_sizes, **inner
+    )
     assert_same_gradients(loss, expected, learned)
 
 
@@ -72,32 +90,42 @@ def test_gradients_reach_the_images_of_a_multi_formation(toy, smooth):
     """Against the functional loop on images cut out and enlarged one by one."""
     _, real = make_problem(toy)
     labels = torch.eye(3).repeat(2, 4, 1)
-    distilled = du.MultiFormation(torch.randn(2, 3, 1, 4, 4), labels, epochs=2, step_size=0.3, factor=2)
+    images, formation = torch.randn(2, 3, 1, 4, 4), du.MultiFormation(2)
+    distilled = du.DistilledSet(images, labels, decoder=formation, epochs=2, step_size=0.3)
     network = smooth()
     cut = [
-        F.interpolate(image[None, :, row : row + 2, column : column + 2], scale_factor=2, mode="bilinear")[0]
+        F.interpolate(
+            image[None, :, row : row + 2, column : column + 2], scale_factor=2, mode="bilinear"
+        )[0]
         for image in distilled.images.flatten(0, 1)
         for row in (0, 2)
         for column in (0, 2)
     ]
-    expected = functional_loss(network, real, torch.stack(cut).unflatten(0, (2, 12)), labels, distilled.step_sizes)
-    assert_same_gradients(du.outer_loss(network, distilled, real), expected, list(distilled.parameters()))
+    expected = functional_loss(
+        network, real, torch.stack(cut).unflatten(0, (2, 12)), labels, distilled.step_sizes
+    )
+    assert_same_gradients(
+        du.outer_loss(network, distilled, real), expected, list(distilled.parameters())
+    )
 
 
-@pytest.mark.parametrize(("inner", "factor"), [(SGD, 1), (MOMENTUM, 2), (ADAM, 1), (ADAM, 2), (SGD, 0)])
+@pytest.mark.parametrize(
+    ("inner", "factor"), [(SGD, 1), (MOMENTUM, 2), (ADAM, 1), (ADAM, 2), (SGD, 0)]
+)
 def test_gradients_equal_finite_differences(toy, smooth, inner, factor):
     distilled, real = make_problem(toy, soft_labels=True, **inner)
+    labels, options = distilled.labels.detach(), {"epochs": 2, "soft_labels": True, **inner}
     if factor > 1:
-        labels, options = distilled.labels.detach().repeat(1, 4, 1), {"epochs": 2, "soft_labels": True, **inner}
-        distilled = du.MultiFormation(distilled.images.detach(), labels, factor=2, **options)
+        labels, options["decoder"] = labels.repeat(1, 4, 1), du.MultiFormation(2)
+        distilled = du.DistilledSet(distilled.images.detach(), labels, **options)
     if factor == 0:  # codes and a decoder
-        labels, codes = distilled.labels.detach(), torch.randn(2, distilled.labels.shape[1], 5, 1, 1)
-        distilled = du.Decoded(codes, labels, soft_labels=True, **inner, **decoder_weights())
+        codes = torch.randn(2, labels.shape[1], 5, 1, 1)
+        distilled = du.DistilledSet(codes, labels, decoder=make_decoder(), **options)
     network = smooth()
 
     def loss() -> float:
         trained = du.unroll(network, distilled, differentiable=False)
-        return F.cross_entropy(trained(real.images), real.labels).item()
+        return F.cross_entropy(trained(real.images)[0], real.labels).item()
 
     du.outer_loss(network, distilled, real).backward()
     for name, parameter in distilled.named_parameters():
@@ -109,7 +137,9 @@ def test_gradients_equal_finite_differences(toy, smooth, inner, factor):
             entries[entry] = value - 1e-5
             below = loss()
             entries[entry] = value
-            assert gradient[entry].item() == pytest.approx((above - below) / 2e-5, rel=1e-5, abs=1e-9), (name, entry)
+            assert gradient[entry].item() == pytest.approx(
+                (above - below) / 2e-5, rel=1e-5, abs=1e-9
+            ), (name, entry)
 
 
 def test_evaluation_trains_as_distillation_does(toy, smooth):
@@ -132,9 +162,11 @@ def test_unroll_is_ordinary_sgd_and_leaves_the_network_as_it_is(toy, smooth, mom
     for _ in range(3):
         for step in range(2):
             optimizer.zero_grad()
-            F.cross_entropy(network(distilled.images[step].detach()), distilled.labels[step]).backward()
+            F.cross_entropy(
+                network(distilled.images[step].detach()), distilled.labels[step]
+            ).backward()
             optimizer.step()
-    torch.testing.assert_close(trained, network(real.images))
+    torch.testing.assert_close(trained[0], network(real.images))
 
 
 def test_unroll_trains_where_the_caller_wants_no_gradients(toy, smooth):
@@ -148,7 +180,11 @@ def test_unroll_trains_where_the_caller_wants_no_gradients(toy, smooth):
 def test_outer_loss_takes_another_inner_loop(toy, smooth):
     distilled, real = make_problem(toy)
     network = smooth()
-    loss = du.outer_loss(network, distilled, real, unroll=lambda network, distilled: network)
+
+    def unroll(network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
+        return du.as_ensemble(network)
+
+    loss = du.outer_loss(network, distilled, real, unroll=unroll)
     torch.testing.assert_close(loss, F.cross_entropy(network(real.images), real.labels))
 
 
@@ -174,7 +210,9 @@ def test_the_gradient_of_an_ensemble_is_the_mean_of_its_networks(toy, smooth, ar
     if architecture == "LeNet":
         distilled.images.data = torch.randn(2, 3, 1, 28, 28)
         real = du.Split(torch.randn(7, 1, 28, 28), torch.randint(0, 3, (7,)))
-    make_network = {"smooth": smooth, "shifted": Shifted, "LeNet": lambda: du.LeNet(classes=3)}[architecture]
+    make_network = {"smooth": smooth, "shifted": Shifted, "LeNet": lambda: du.LeNet(classes=3)}[
+        architecture
+    ]
     networks = [make_network() for _ in range(3)]
     loss = du.outer_loss(du.Ensemble(networks), distilled, real)
     expected = sum(du.outer_loss(network, distilled, real) for network in networks) / 3

@@ -3,11 +3,13 @@
 import ast
 import functools
 import inspect
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,10 @@ def texts() -> dict[str, str]:
                 cells = json.loads(path.read_text())["cells"]
                 text = ["".join(cell["source"]) for cell in cells]
                 for output in (output for cell in cells for output in cell.get("outputs", [])):
-                    text += ["".join(output.get("text", "")), "".join(output.get("data", {}).get("text/markdown", ""))]
+                    text += [
+                        "".join(output.get("text", "")),
+                        "".join(output.get("data", {}).get("text/markdown", "")),
+                    ]
                 found[path.relative_to(ROOT).as_posix()] = "\n".join(text)
     return {name: text for name, text in sorted(found.items()) if name not in LISTS_OF_OLD_WORDS}
 
@@ -75,29 +80,47 @@ def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert not [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level], "relative import"
+    assert not [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level], (
+        "relative import"
+    )
     return {name.split(".")[0] for name in names}
 
 
+def count_tokens(text: str) -> int:
+    """Tokens of Python code; comments, line ends and indentation do not count, a string is one."""
+    layout = {"COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER"}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return sum(tokenize.tok_name[token.type] not in layout for token in tokens)
+
+
 def test_the_module_is_small_and_imports_nothing_of_the_repository():
-    ours = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {
+        path.name for path in ROOT.iterdir() if path.is_dir()
+    }
     assert not imported(ROOT / "distill_utils.py") & ours
-    assert len((ROOT / "distill_utils.py").read_text().splitlines()) <= 626  # 25 of them for `Decoded`
+    text = (ROOT / "distill_utils.py").read_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert count_tokens(text) <= 7_100
     assert [path.name for path in ROOT.glob("*.py")] == ["distill_utils.py"]
 
 
 def test_the_core_method_stays_short():
-    for piece, limit in ((du.unroll, 12), (du.outer_loss, 6), (du.Distillation.compute_gradient, 14)):
+    for piece, limit in (
+        (du.unroll, 22),
+        (du.outer_loss, 7),
+        (du.Distillation.compute_gradient, 12),
+    ):
         assert len(inspect.getsource(piece).splitlines()) <= limit, piece.__name__
-    for call in (du.distill, du.Distillation):
-        options = inspect.signature(call).parameters.values()
-        assert sum(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options) <= 12
+    options = inspect.signature(du.Distillation).parameters.values()
+    assert sum(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options) <= 12
 
 
 def test_importing_the_module_does_not_import_scikit_learn():
     """It would take as long as everything else, for two functions that few calls reach."""
     code = "import sys, distill_utils; print(*(name for name in ('sklearn', 'pandas', 'tyro') if name in sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == ""
     assert "Warning" not in run.stderr
 

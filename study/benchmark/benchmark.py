@@ -29,20 +29,26 @@ import distill_utils as du
 from study import running
 from study.architectures import ConvNet
 from study.benchmark import rivals
+from study.parametrizations import multi_formation
 from study.report import markdown_table
 from study.truncation import Checkpointed
 
 TOLERANCE = 1e-3  # of a gradient's norm
-Problem = tuple[du.DistilledSet, list[nn.Module], du.Split]  # what a method takes: set, networks, real batch
+Problem = tuple[
+    du.DistilledSet, list[nn.Module], du.Split
+]  # what a method takes: set, networks, real batch
 
 
 def ensemble_gradient(
-    distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split, *, unroll: Callable = du.unroll
+    distilled: du.DistilledSet,
+    networks: list[nn.Module],
+    real: du.Split,
+    *,
+    unroll: Callable = du.unroll,
 ) -> None:
     """This project's meta-gradient, as `du.Distillation` computes it: all networks in one ensemble."""
     distilled.zero_grad()
-    network = du.Ensemble(networks) if len(networks) > 1 else networks[0]
-    du.outer_loss(network, distilled, real, unroll=unroll).backward()
+    du.outer_loss(du.Ensemble(networks), distilled, real, unroll=unroll).backward()
 
 
 def jax_scan(*problem: object) -> None:
@@ -83,7 +89,9 @@ def as_dataset(real: du.Split) -> du.Dataset:
 def apart(function: Callable, *arguments: object, cores: int = 1) -> object:
     """What `function` returns in a new process, pinned to the first `cores` cores, with a thread for each."""
     os.environ["OMP_NUM_THREADS"] = str(cores)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=pin, initargs=(cores,)) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=pin, initargs=(cores,)
+    ) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -110,7 +118,11 @@ def peak_memory() -> float:
     """MiB that this process has held at most, by Linux's account, and nan elsewhere; getrusage's would include its
     parent's."""
     status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024 if status.exists() else math.nan
+    return (
+        int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024
+        if status.exists()
+        else math.nan
+    )
 
 
 def timed(
@@ -164,7 +176,10 @@ def gradient() -> str:
         for name, each in found.items():
             times = [second for times, _ in each for second in times[1:]]
             low, middle, high = (f(times) / networks for f in (min, statistics.median, max))
-            rows[name] += [f"{middle:.3f} ({low:.3f}-{high:.3f})", f"{max(memory for _, memory in each):.0f}"]
+            rows[name] += [
+                f"{middle:.3f} ({low:.3f}-{high:.3f})",
+                f"{max(memory for _, memory in each):.0f}",
+            ]
             if networks == 1:
                 rows[name].append(f"{statistics.mean(times[0] for times, _ in each):.1f}")
         head += ["first call"] if networks == 1 else []
@@ -181,10 +196,14 @@ def gradient() -> str:
 def check_gradient(method: Callable) -> None:
     """Raises ValueError unless a method gives this project's gradient."""
     error = gradient_error(method)
-    du.require(error < TOLERANCE, f"{method.__name__}: its gradient is off by {error:.1e} of the norm")
+    du.require(
+        error < TOLERANCE, f"{method.__name__}: its gradient is off by {error:.1e} of the norm"
+    )
 
 
-def gradient_error(method: Callable = ensemble_gradient, *, device: torch.device | str = "cpu") -> float:
+def gradient_error(
+    method: Callable = ensemble_gradient, *, device: torch.device | str = "cpu"
+) -> float:
     """How far a method's meta-gradient in float32 is from this project's on the CPU, relative to its norm; after 10
     updates, as long unrolls amplify rounding."""
     gradients = []
@@ -207,11 +226,19 @@ def processes(networks: int = 16, counts: tuple[int, ...] = (1, 2, 4)) -> str:
     for count in counts:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["OMP_NUM_THREADS"] = "1"
-            torch.multiprocessing.spawn(work_in_a_job, (count, networks // count, folder), nprocs=count)
+            torch.multiprocessing.spawn(
+                work_in_a_job, (count, networks // count, folder), nprocs=count
+            )
             unroll, average = torch.load(Path(folder, "seconds"))
         rows.append([count, unroll, average, rows[0][1] / (unroll + average) if rows else 1.0])
     rows = [
-        [count, f"{unroll:.2f}", f"{1000 * average:.1f}", f"{gain:.2f} ×", f"{100 * gain / min(count, cores):.0f}%"]
+        [
+            count,
+            f"{unroll:.2f}",
+            f"{1000 * average:.1f}",
+            f"{gain:.2f} ×",
+            f"{100 * gain / min(count, cores):.0f}%",
+        ]
         for count, unroll, average, gain in rows
     ]
     head = ["processes", "seconds to unroll", "milliseconds to average", "gain", "of as many cores"]
@@ -227,7 +254,7 @@ def work_in_a_job(rank: int, count: int, networks: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
     distilled, _, real = make_problem(batch_size=4096)
     run = du.Distillation(distilled, as_dataset(real), du.LeNet, iterations=1, networks=networks)
-    run.rank, found = rank, []
+    run.seed, found = rank, []
     for _ in range(6):
         unroll = seconds(run.compute_gradient)
         torch.distributed.barrier()
@@ -244,10 +271,23 @@ def memory() -> str:
     rows = []
     for updates in (10, 30, 100, 300):
         segment = round(updates**0.5)
-        found = [apart(time_unroll, updates, unroll) for unroll in (du.unroll, Checkpointed(segment))]
-        (whole, whole_peak), (short, short_peak) = ((statistics.median(times[1:]), peak) for times, peak in found)
+        found = [
+            apart(time_unroll, updates, unroll) for unroll in (du.unroll, Checkpointed(segment))
+        ]
+        (whole, whole_peak), (short, short_peak) = (
+            (statistics.median(times[1:]), peak) for times, peak in found
+        )
         bound = whole_peak / updates**0.5
-        rows.append([updates, f"{whole:.2f}", f"{whole_peak:.0f}", segment, f"{short:.2f}", f"{short_peak:.0f}"])
+        rows.append(
+            [
+                updates,
+                f"{whole:.2f}",
+                f"{whole_peak:.0f}",
+                segment,
+                f"{short:.2f}",
+                f"{short_peak:.0f}",
+            ]
+        )
         rows[-1].append(f"{bound:.0f}")
     head = [
         "updates",
@@ -265,14 +305,23 @@ def memory() -> str:
 
 
 def time_unroll(updates: int, unroll: Callable) -> tuple[list[float], float]:
-    ensemble_gradient(*make_problem(updates=10, batch_size=64))  # loads what torch loads at first use
-    return timed(partial(ensemble_gradient, unroll=unroll), *make_problem(updates=updates, batch_size=64), repeats=3)
+    ensemble_gradient(
+        *make_problem(updates=10, batch_size=64)
+    )  # loads what torch loads at first use
+    return timed(
+        partial(ensemble_gradient, unroll=unroll),
+        *make_problem(updates=updates, batch_size=64),
+        repeats=3,
+    )
 
 
 def larger() -> str:
     """A problem of CIFAR-10's size, by the same functions."""
     cores, rows = len(os.sched_getaffinity(0)), []
-    for title, unroll in {"whole": du.unroll, "checkpointed, segments of 8": Checkpointed(8)}.items():
+    for title, unroll in {
+        "whole": du.unroll,
+        "checkpointed, segments of 8": Checkpointed(8),
+    }.items():
         times, peak = apart(time_larger, unroll, cores=cores)
         each = statistics.median(times)
         rows.append([title, f"{each:.1f}", f"{peak / 1024:.1f}", f"{200 * each / 60:.0f}"])
@@ -284,11 +333,15 @@ def larger() -> str:
     )
 
 
-def time_larger(unroll: Callable, *, width: int = 128, epochs: int = 6, repeats: int = 1) -> tuple[list[float], float]:
+def time_larger(
+    unroll: Callable, *, width: int = 128, epochs: int = 6, repeats: int = 1
+) -> tuple[list[float], float]:
     with du.seeded(0):
         real = du.Split(torch.randn(1000, 3, 32, 32), torch.randint(10, (1000,)))
         images = torch.randn(10, 10, 3, 32, 32)
-    distilled = du.DistilledSet(images, torch.eye(10).repeat(10, 1, 1), epochs=epochs, step_size=0.01, momentum=0.9)
+    distilled = du.DistilledSet(
+        images, torch.eye(10).repeat(10, 1, 1), epochs=epochs, step_size=0.01, momentum=0.9
+    )
     make_network = partial(ConvNet, width=width, channels=3, size=32)
     run = du.Distillation(distilled, as_dataset(real), make_network, iterations=1, unroll=unroll)
     return timed(run.compute_gradient, repeats=repeats, clock=time.perf_counter)
@@ -298,7 +351,7 @@ def time_larger(unroll: Callable, *, width: int = 128, epochs: int = 6, repeats:
 TARGETS = (80, 85, 90)  # percent of the validation images
 NETWORKS, EVERY = 10, 20  # fresh networks behind an accuracy, and iterations between two of them
 STARTS = {
-    "noise": partial(du.init_from_noise, std=0.3), "real images": du.init_from_real, "k-means": du.init_from_kmeans,
+    "noise": "noise", "real images": "real", "k-means": "k-means",
 }  # fmt: skip
 ADAM = {"step_size": 0.003, "optimizer": "Adam", "soft_labels": True, "label_smoothing": 0.1}
 WAYS = {  # options of the set, and of the outer loop
@@ -332,38 +385,57 @@ def time_to_targets(start: str, way: str, limit: float, data_root: str) -> list:
     """A row of the table: one start, one method."""
     mnist = du.load_mnist(data_root, device="cpu")
     begin = time.process_time()
-    distilled, iterate = (start_as_the_original if way == ORIGINAL else start_here)(start, way, mnist)
+    distilled, iterate = (start_as_the_original if way == ORIGINAL else start_here)(
+        start, way, mnist
+    )
     spent, iterations, passed = time.process_time() - begin, 0, {}
     while len(passed) < len(TARGETS) and spent < limit:
         spent += sum(seconds(iterate, clock=time.process_time) for _ in range(EVERY))
         iterations += EVERY
         found = du.evaluate(distilled, mnist.validation, du.LeNet, networks=NETWORKS, seed=20_000)
-        passed |= {target: f"{spent:.0f}" for target in TARGETS if found.mean >= target and target not in passed}
-    return [start, way, *(passed.get(target, "-") for target in TARGETS), iterations, f"{spent:.0f}", found]
+        passed |= {
+            target: f"{spent:.0f}"
+            for target in TARGETS
+            if found.mean >= target and target not in passed
+        }
+    return [
+        start,
+        way,
+        *(passed.get(target, "-") for target in TARGETS),
+        iterations,
+        f"{spent:.0f}",
+        found,
+    ]
 
 
 def start_here(start: str, way: str, mnist: du.Dataset) -> tuple[du.DistilledSet, Callable]:
     """The set and an iteration of this project."""
     inner, outer = WAYS[way]
     factor = inner.get("factor", 1)
-    images = STARTS[start](mnist, steps=10, per_class=factor**2)
-    make = du.MultiFormation.from_images if factor > 1 else du.DistilledSet
+    images = du.initialize(mnist, STARTS[start], steps=10, per_class=factor**2, std=0.3)
+    make = multi_formation if factor > 1 else du.DistilledSet
     distilled = make(*images, epochs=3, **inner)
     run = du.Distillation(distilled, mnist, du.LeNet, iterations=5000, **outer)
-    return distilled, lambda: run.apply_gradient(run.compute_gradient())
+    return distilled, run.step
 
 
-def start_as_the_original(start: str, _: str, mnist: du.Dataset) -> tuple[du.DistilledSet, Callable]:
+def start_as_the_original(
+    start: str, _: str, mnist: du.Dataset
+) -> tuple[du.DistilledSet, Callable]:
     """The set and an iteration of the original's outer loop on the original's gradient."""
-    initialize = du.init_from_noise if start == "noise" else STARTS[start]
-    distilled = du.DistilledSet(*initialize(mnist, steps=10), epochs=3, step_size=0.02)
+    images = du.initialize(mnist, STARTS[start], steps=10)
+    distilled = du.DistilledSet(*images, epochs=3, step_size=0.02)
     optimizer = torch.optim.Adam(distilled.parameters(), lr=0.01, betas=(0.5, 0.999))
-    halving = torch.optim.lr_scheduler.StepLR(optimizer, 40 * (len(mnist.train.labels) // 1024), gamma=0.5)
+    halving = torch.optim.lr_scheduler.StepLR(
+        optimizer, 40 * (len(mnist.train.labels) // 1024), gamma=0.5
+    )
     torch.manual_seed(0)
 
     def iterate() -> None:
         rows = torch.randint(len(mnist.train.labels), (1024,))
-        rivals.step_products(distilled, [du.LeNet()], du.Split(mnist.train.images[rows], mnist.train.labels[rows]))
+        rivals.step_products(
+            distilled, [du.LeNet()], du.Split(mnist.train.images[rows], mnist.train.labels[rows])
+        )
         optimizer.step()
         halving.step()
 
@@ -382,9 +454,13 @@ def write(output: Path, title: str, text: str) -> None:
     old = output.read_text() if output.exists() else ""
     parts = dict(re.findall(r"^## (.*)\n\n((?:(?!## ).*\n)*)", old, re.MULTILINE))
     parts[title] = text + "\n"
-    sections = [f"## {each}\n\n{parts[each].strip()}\n" for each in TITLES.values() if each in parts]
+    sections = [
+        f"## {each}\n\n{parts[each].strip()}\n" for each in TITLES.values() if each in parts
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(["# Benchmark\n\nWritten by `python -m study.benchmark.benchmark`.\n", *sections]))
+    output.write_text(
+        "\n".join(["# Benchmark\n\nWritten by `python -m study.benchmark.benchmark`.\n", *sections])
+    )
 
 
 def main(

@@ -25,11 +25,17 @@ from nbclient import NotebookClient
 import distill_utils as du
 from study import running
 from study.benchmark import benchmark
-from study.benchmark.benchmark import TOLERANCE, ensemble_gradient, gradient_error, make_problem, seconds
+from study.benchmark.benchmark import (
+    TOLERANCE,
+    ensemble_gradient,
+    gradient_error,
+    make_problem,
+    seconds,
+)
 from study.evaluation import train_from_scratch
 from study.report import markdown_table
 
-SCHEDULE, SCRATCH = "mnist-ipc1-mf2-50steps", "mnist-ipc10-decoded"
+SCHEDULE, SCRATCH = "mnist-ipc1-mf2-50updates", "mnist-ipc10-compressed"
 
 
 def card_name(device: torch.device) -> str:
@@ -50,13 +56,16 @@ def continue_elsewhere(dataset: du.Dataset, cpu: du.Dataset) -> str:
             "progress": False,
         }
         sets = [
-            du.DistilledSet(*du.init_from_real(cpu, steps=3)).to(each.train.images.device) for each in (dataset, cpu)
+            du.DistilledSet(*du.initialize(cpu, "real", steps=3)).to(each.train.images.device)
+            for each in (dataset, cpu)
         ]
         run = running.Run(sets[0], dataset, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
         for _ in range(10):
-            run.distillation.apply_gradient(run.distillation.compute_gradient())
+            run.step()
         run.validate()
-        history = running.distill(sets[1], cpu, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
+        history = running.distill(
+            sets[1], cpu, du.LeNet, checkpoint=Path(folder, "run.pt"), **options
+        )
     assert len(history.loss) == 20, "the run did not continue"
     return f"loss {history.loss[0]:.2f} before, {history.loss[-1]:.2f} after"
 
@@ -67,15 +76,26 @@ def accuracies(dataset: du.Dataset) -> list[list]:
     trainings = {
         SCHEDULE: lambda distilled: du.evaluate(distilled, dataset.test, du.LeNet, networks=16),
         SCRATCH: lambda distilled: train_from_scratch(
-            distilled, dataset.test, du.LeNet, networks=2, optimizer="Adam", step_size=0.001, batch_size=64, epochs=40
+            distilled,
+            dataset.test,
+            du.LeNet,
+            networks=2,
+            optimizer="Adam",
+            step_size=0.001,
+            batch_size=64,
+            epochs=40,
         ),
     }
     for name, train in trainings.items():
         begin = time.perf_counter()
         found = train(du.load(name, device=device))
         card = Path(du.__file__).with_name("distilled").joinpath(f"{name}.md").read_text()
-        mean, std = (float(number) for number in re.search(r"\*\*(\d+\.\d) ± (\d+\.\d)%", card).groups())
-        assert abs(found.mean - mean) < max(2.0, 3 * std), f"{name}: {found}, but its card has {mean} ± {std}%"
+        mean, std = (
+            float(number) for number in re.search(r"\*\*(\d+\.\d) ± (\d+\.\d)%", card).groups()
+        )
+        assert abs(found.mean - mean) < max(2.0, 3 * std), (
+            f"{name}: {found}, but its card has {mean} ± {std}%"
+        )
         rows.append([name, found, f"{mean} ± {std}%", f"{time.perf_counter() - begin:.1f}"])
     return rows
 
@@ -88,7 +108,14 @@ def ensembles(device: torch.device, sizes: tuple[int, ...]) -> list[list]:
         synchronized(device, *problem)  # warms up
         before = forget_peak(device)
         spent = statistics.median(seconds(synchronized, device, *problem) for _ in range(3))
-        rows.append([networks, f"{spent:.2f}", f"{spent / networks:.4f}", f"{read_peak(device) - before:.0f}"])
+        rows.append(
+            [
+                networks,
+                f"{spent:.2f}",
+                f"{spent / networks:.4f}",
+                f"{read_peak(device) - before:.0f}",
+            ]
+        )
     return rows
 
 
@@ -116,13 +143,21 @@ def run_tutorial(device: torch.device, data_root: str) -> None:
     """Runs `distill.ipynb` from top to bottom; what it writes is deleted."""
     path = Path(du.__file__).with_name("distill.ipynb")
     notebook = nbformat.read(path, as_version=4)
-    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters = next(
+        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
+    )
     with tempfile.TemporaryDirectory() as folder:
-        parameters.source += f"\nDEVICE, DATA_ROOT, OUT = {device.type!r}, {data_root!r}, {folder!r}"
-        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": path.parent}}).execute()
+        parameters.source += (
+            f"\nDEVICE, DATA_ROOT, OUT = {device.type!r}, {data_root!r}, {folder!r}"
+        )
+        NotebookClient(
+            notebook, timeout=None, resources={"metadata": {"path": path.parent}}
+        ).execute()
 
 
-def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64, 256), data_root: str = "") -> None:
+def main(
+    device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64, 256), data_root: str = ""
+) -> None:
     """Checks a device and prints a report.
 
     Args:
@@ -132,18 +167,28 @@ def main(device: str = "auto", sizes: tuple[int, ...] = (1, 16, 64, 256), data_r
     """
     place, root = du.pick_device(device), data_root or os.environ.get("DATA_ROOT", "data")
     cpu, dataset = (du.load_mnist(root, device=where) for where in ("cpu", place))
-    print(f"# {card_name(place)}\n\nPython {platform.python_version()}, torch {torch.__version__}\n")
+    print(
+        f"# {card_name(place)}\n\nPython {platform.python_version()}, torch {torch.__version__}\n"
+    )
     for tf32 in (False, True) if place.type == "cuda" else (False,):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         error = gradient_error(device=place)
-        assert tf32 or error < TOLERANCE, f"the meta-gradient differs from the CPU's by {error:.1e} of its norm"
-        print(f"- Meta-gradient, TF32 {'on' if tf32 else 'off'}: {error:.1e} of its norm from the CPU's")
-        table = markdown_table(["networks", "seconds", "seconds for each", "MiB"], ensembles(place, sizes))
+        assert tf32 or error < TOLERANCE, (
+            f"the meta-gradient differs from the CPU's by {error:.1e} of its norm"
+        )
+        print(
+            f"- Meta-gradient, TF32 {'on' if tf32 else 'off'}: {error:.1e} of its norm from the CPU's"
+        )
+        table = markdown_table(
+            ["networks", "seconds", "seconds for each", "MiB"], ensembles(place, sizes)
+        )
         print(f"\n{table}\n")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"- A run continued on the CPU: {continue_elsewhere(dataset, cpu)}\n")
     print(markdown_table(["set", "here", "its card", "seconds"], accuracies(dataset)))
-    print(f"\n- The tutorial: {seconds(run_tutorial, place, str(Path(root).resolve())):.0f} seconds")
+    print(
+        f"\n- The tutorial: {seconds(run_tutorial, place, str(Path(root).resolve())):.0f} seconds"
+    )
 
 
 if __name__ == "__main__":

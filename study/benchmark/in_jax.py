@@ -18,8 +18,13 @@ def convolve(images: jax.Array, weight: jax.Array, bias: jax.Array, *, padding: 
     size = weight.shape[-1]
     height, width = (length - size + 1 for length in images.shape[-2:])
     shifts = [(row, column) for row in range(size) for column in range(size)]
-    patches = jnp.stack([images[:, :, row : row + height, column : column + width] for row, column in shifts], 2)
-    return jnp.einsum("ncphw,ocp->nohw", patches, weight.reshape(*weight.shape[:2], -1)) + bias[:, None, None]
+    patches = jnp.stack(
+        [images[:, :, row : row + height, column : column + width] for row, column in shifts], 2
+    )
+    return (
+        jnp.einsum("ncphw,ocp->nohw", patches, weight.reshape(*weight.shape[:2], -1))
+        + bias[:, None, None]
+    )
 
 
 def pool(images: jax.Array) -> jax.Array:
@@ -30,8 +35,8 @@ def pool(images: jax.Array) -> jax.Array:
 
 def lenet(weights: Weights, images: jax.Array) -> jax.Array:
     """Scores [n, classes]."""
-    images = pool(jax.nn.relu(convolve(images, *weights[:2], padding=2)))
-    hidden = pool(jax.nn.relu(convolve(images, *weights[2:4], padding=0))).reshape(len(images), -1)
+    images = jax.nn.relu(pool(convolve(images, *weights[:2], padding=2)))
+    hidden = jax.nn.relu(pool(convolve(images, *weights[2:4], padding=0))).reshape(len(images), -1)
     for weight, bias in zip(weights[4:-2:2], weights[5:-2:2], strict=True):
         hidden = jax.nn.relu(hidden @ weight.T + bias)
     return hidden @ weights[-2].T + weights[-1]
@@ -42,7 +47,13 @@ def cross_entropy(weights: Weights, images: jax.Array, labels: jax.Array) -> jax
 
 
 @jax.jit
-def gradient(learned: tuple, labels: jax.Array, networks: Weights, real_images: jax.Array, real_labels: jax.Array):
+def gradient(
+    learned: tuple,
+    labels: jax.Array,
+    networks: Weights,
+    real_images: jax.Array,
+    real_labels: jax.Array,
+):
     """The gradient of the networks' mean loss with respect to images and step sizes, which are `learned`."""
 
     def outer_loss(learned: tuple, weights: Weights) -> jax.Array:
@@ -51,7 +62,9 @@ def gradient(learned: tuple, labels: jax.Array, networks: Weights, real_images: 
         def update(weights: Weights, place: tuple) -> tuple[Weights, None]:
             step, step_size = place
             slopes = jax.grad(cross_entropy)(weights, images[step], labels[step])
-            return [weight - step_size * slope for weight, slope in zip(weights, slopes, strict=True)], None
+            return [
+                weight - step_size * slope for weight, slope in zip(weights, slopes, strict=True)
+            ], None
 
         steps = jnp.arange(len(step_sizes)) % len(images)
         trained, _ = jax.lax.scan(update, weights, (steps, step_sizes))
@@ -69,6 +82,8 @@ def jax_scan(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Spl
         for of_networks in zip(*(network.parameters() for network in networks), strict=True)
     ]
     learned = distilled.images, distilled.step_sizes
-    images, sizes, labels, *real = (jnp.asarray(each.detach().numpy()) for each in (*learned, distilled.labels, *real))
+    images, sizes, labels, *real = (
+        jnp.asarray(each.detach().numpy()) for each in (*learned, distilled.labels, *real)
+    )
     found = gradient((images, sizes), labels, weights, *real)
     torch.autograd.backward(learned, [torch.from_dlpack(each) for each in found])

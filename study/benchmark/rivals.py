@@ -33,7 +33,9 @@ def functional_unroll(
     network: nn.Module, distilled: du.DistilledSet, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
     """A hand-written loop over `torch.func.functional_call`; returns the trained network, a function of images."""
-    weights = {name: weight.detach().requires_grad_() for name, weight in network.named_parameters()}
+    weights = {
+        name: weight.detach().requires_grad_() for name, weight in network.named_parameters()
+    }
     for images, labels, step_size in distilled.schedule():
         found = loss(functional_call(network, weights, images), labels)
         gradients = torch.autograd.grad(found, list(weights.values()), create_graph=True)
@@ -50,12 +52,13 @@ def functional_loop(distilled: du.DistilledSet, networks: list[nn.Module], real:
         (F.cross_entropy(trained(real.images), real.labels) / len(networks)).backward()
 
 
-def functional_ensemble(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
+def functional_ensemble(
+    distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split
+) -> None:
     """One hand-written loop for all networks, in an ensemble."""
     distilled.zero_grad()
-    trained = functional_unroll(du.Ensemble(networks), distilled, du.training_loss)
-    labels = F.one_hot(real.labels, distilled.labels.shape[-1]).to(real.images)
-    (du.training_loss(trained(real.images), labels) / len(networks)).backward()
+    trained = functional_unroll(du.Ensemble(networks), distilled, du.cross_entropy)
+    (du.cross_entropy(trained(real.images), real.labels) / len(networks)).backward()
 
 
 def torchopt_loop(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
@@ -92,7 +95,9 @@ def step_products(distilled: du.DistilledSet, networks: list[nn.Module], real: d
         loss = F.cross_entropy(forward(weights, real.images), real.labels) / len(networks)
         (adjoint,) = torch.autograd.grad(loss, weights)
         learned, gradients = [], []
-        for (images, _, step_size), (move, inputs) in zip(reversed(schedule), reversed(taken), strict=True):
+        for (images, _, step_size), (move, inputs) in zip(
+            reversed(schedule), reversed(taken), strict=True
+        ):
             through_weights, *rest = torch.autograd.grad(move, inputs, -adjoint)
             adjoint = adjoint + through_weights
             learned += [images, step_size]
@@ -100,7 +105,9 @@ def step_products(distilled: du.DistilledSet, networks: list[nn.Module], real: d
         torch.autograd.backward(learned, gradients)
 
 
-def forward_over_reverse(distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split) -> None:
+def forward_over_reverse(
+    distilled: du.DistilledSet, networks: list[nn.Module], real: du.Split
+) -> None:
     """MixFlow-MG (Kemaev et al. 2025): as `step_products`, but each product is a derivative, in the direction of the
     adjoint, of the step's gradient. Only the weights before each step are stored, and no graph."""
     distilled.zero_grad()
@@ -114,14 +121,20 @@ def forward_over_reverse(distilled: du.DistilledSet, networks: list[nn.Module], 
             taken.append((weights, slope))
             weights = (weights - step_size * slope).detach()
 
-        loss = F.cross_entropy(forward(weights.requires_grad_(), real.images), real.labels) / len(networks)
+        loss = F.cross_entropy(forward(weights.requires_grad_(), real.images), real.labels) / len(
+            networks
+        )
         (adjoint,) = torch.autograd.grad(loss, weights)
         learned, gradients = [], []
-        for (images, labels, step_size), (weights, slope) in zip(reversed(schedule), reversed(taken), strict=True):
+        for (images, labels, step_size), (weights, slope) in zip(
+            reversed(schedule), reversed(taken), strict=True
+        ):
             with forward_ad.dual_level():
                 inputs = forward_ad.make_dual(weights, adjoint), images
                 found = torch.autograd.grad(F.cross_entropy(forward(*inputs), labels), inputs)
-                through_weights, through_images = (forward_ad.unpack_dual(each).tangent for each in found)
+                through_weights, through_images = (
+                    forward_ad.unpack_dual(each).tangent for each in found
+                )
             learned += [images, step_size]
             gradients += [-step_size.detach() * through_images, -adjoint @ slope]
             adjoint = adjoint - step_size.detach() * through_weights
@@ -135,6 +148,8 @@ def flat_forward(network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
     def forward(weights: Tensor, images: Tensor) -> Tensor:
         parts = zip(named, weights.split(sizes), strict=True)
-        return functional_call(network, {name: part.view_as(weight) for (name, weight), part in parts}, images)
+        return functional_call(
+            network, {name: part.view_as(weight) for (name, weight), part in parts}, images
+        )
 
     return forward

@@ -23,7 +23,7 @@ def test_each_architecture_learns_digits(name, digits):
         loss = F.cross_entropy(network(digits.images), digits.labels)
         optimizer.zero_grad()
         loss.backward()
-        assert all(parameter.grad is not None for parameter in network.parameters())  # none is left out
+        assert all(weight.grad is not None for weight in network.parameters())  # none is left out
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]

@@ -9,24 +9,20 @@ import distill_utils as du
 from study.benchmark import benchmark, devices, rivals
 from study.truncation import Checkpointed
 
+RIVALS = (
+    "higher_loop", "functional_loop", "functional_ensemble", "step_products", "forward_over_reverse",
+)  # fmt: skip
 
-@pytest.mark.parametrize(
-    "rival",
-    [
-        rivals.higher_loop,
-        rivals.functional_loop,
-        rivals.functional_ensemble,
-        rivals.step_products,
-        rivals.forward_over_reverse,
-    ],
-)
+
+@pytest.mark.parametrize("rival", RIVALS)
 def test_rivals_have_the_same_gradient(toy, smooth, rival):
     torch.set_default_dtype(torch.float64)
-    images, labels = du.init_from_noise(toy, steps=2)
+    images, labels = du.initialize(toy, "noise", steps=2)
     distilled = du.DistilledSet(images.double(), labels.double(), epochs=3, step_size=0.3)
-    networks, real = [smooth() for _ in range(3)], du.Split(toy.train.images.double(), toy.train.labels)
+    networks = [smooth() for _ in range(3)]
+    real = du.Split(toy.train.images.double(), toy.train.labels)
     gradients = []
-    for method in (benchmark.ensemble_gradient, rival):
+    for method in (benchmark.ensemble_gradient, getattr(rivals, rival)):
         method(distilled, networks, real)
         gradients.append([distilled.images.grad, distilled.raw_step_sizes.grad])
     for ours, theirs in zip(*gradients, strict=True):
@@ -35,11 +31,12 @@ def test_rivals_have_the_same_gradient(toy, smooth, rival):
 
 
 def test_a_processor_without_a_name_is_named_by_its_architecture(monkeypatch):
-    assert benchmark.cpu_name("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n") == "AMD EPYC"
+    found = benchmark.cpu_name("processor\t: 0\nmodel name\t: AMD EPYC\nflags\t: fpu\n")
+    assert found == "AMD EPYC"
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert benchmark.cpu_name("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n") == "aarch64"
-    assert benchmark.cpu_name("") == "aarch64"
+    for text in ("processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\n", ""):
+        assert benchmark.cpu_name(text) == "aarch64"
 
 
 def test_a_section_keeps_its_place(tmp_path):
@@ -76,13 +73,14 @@ def test_a_problem_of_cifars_size_runs_by_the_same_functions(unroll):
 
 
 @pytest.mark.parametrize(
-    ("start", "way"), [("noise", benchmark.ORIGINAL), ("real images", "Adam, soft labels, multi-formation")]
+    ("start", "way"),
+    [("noise", benchmark.ORIGINAL), ("real images", "Adam, soft labels, multi-formation")],
 )
 def test_the_time_to_an_accuracy_is_that_of_whole_iterations(monkeypatch, mnist_root, start, way):
     for name, value in {"EVERY": 1, "NETWORKS": 2, "TARGETS": (1, 101)}.items():
         monkeypatch.setattr(benchmark, name, value)
-    clock = iter(range(100))
-    monkeypatch.setattr(benchmark.time, "process_time", lambda: next(clock))  # each look at it takes a second
+    clock = iter(range(100))  # each look at it takes a second
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: next(clock))
     row = benchmark.time_to_targets(start, way, 3.5, mnist_root)
     assert row[:6] == [start, way, "2", "-", 3, "4"]
     assert len(row[6].values) == 2
@@ -94,6 +92,8 @@ def test_the_device_report_measures_what_it_prints(toy):
 
 
 def test_the_device_report_refuses_an_accuracy_unlike_the_cards(monkeypatch, toy):
-    monkeypatch.setattr(devices.du, "evaluate", lambda *_, **__: du.Accuracies(torch.tensor([80.0, 81.0])))
-    with pytest.raises(AssertionError, match=r"mnist-ipc1-mf2-50steps: 80\.5 ± 0\.7%, but its card has 91\.9 ± 1\.0%"):
+    found = du.Accuracies(torch.tensor([80.0, 81.0]))
+    monkeypatch.setattr(devices.du, "evaluate", lambda *_, **__: found)
+    message = r"mnist-ipc1-mf2-50updates: 80\.5 ± 0\.7%, but its card has 91\.9 ± 1\.0%"
+    with pytest.raises(AssertionError, match=message):
         devices.accuracies(toy)

@@ -17,13 +17,13 @@ def teacher(digits) -> du.Ensemble:
     return train_teacher(digits, networks=2, epochs=8)
 
 
-def fit(digits, teacher, **options) -> tuple[du.Decoded, du.Decoded]:
+def fit(digits, teacher, **options) -> tuple[du.DistilledSet, du.DistilledSet]:
     options = {"floats": 12_000, "codes": 8, "channels": [8, 4], "iterations": 150, **options}
     return fit_decoder(digits, teacher, **options)
 
 
 @pytest.fixture(scope="module")
-def pair(digits, teacher) -> tuple[du.Decoded, du.Decoded]:
+def pair(digits, teacher) -> tuple[du.DistilledSet, du.DistilledSet]:
     return fit(digits, teacher)
 
 
@@ -36,9 +36,9 @@ def test_a_set_costs_no_more_than_its_floats_and_hard_labels_leave_room_for_more
 
 
 def test_decoded_images_come_closer_to_real_ones_with_training(digits, teacher, pair):
-    real = du.init_from_real(digits, steps=1, per_class=40)[0][0]
+    real = du.initialize(digits, "real", steps=1, per_class=40)[0][0]
 
-    def error(decoded: du.Decoded) -> float:
+    def error(decoded: du.DistilledSet) -> float:
         return float((decoded.decode().detach()[0][:400] - real).square().mean())
 
     assert error(pair[0]) < 0.5 < error(fit(digits, teacher, iterations=1)[0])
@@ -48,7 +48,8 @@ def test_labels_are_those_of_the_teacher_on_decoded_images(digits, teacher, pair
     soft, _ = pair
     torch.testing.assert_close(soft.labels[0], teach(teacher, soft.decode().detach()[0]))
     torch.testing.assert_close(soft.labels.sum(-1), torch.ones(soft.labels.shape[:2]))
-    assert (teach(teacher, digits.test.images).argmax(-1) == digits.test.labels).float().mean() > 0.8
+    right = teach(teacher, digits.test.images).argmax(-1) == digits.test.labels
+    assert right.float().mean() > 0.8
 
 
 def test_equal_seeds_give_equal_sets(digits, teacher):

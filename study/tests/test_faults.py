@@ -18,11 +18,13 @@ from tests.conftest import Smooth, make_toy
 
 KILLS = int(os.environ.get("KILLS", 10))
 OPTIONS = {"batch_size": 16, "validation_networks": 2, "progress": False, "seed": 3}
+ENDS = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
 
 
 def make_set(dataset: du.Dataset) -> du.DistilledSet:
-    images, labels = du.init_from_noise(dataset, steps=2)
-    return du.DistilledSet(images, labels, epochs=2, step_size=0.2, soft_labels=True, optimizer="Adam")
+    images, labels = du.initialize(dataset, "noise", steps=2)
+    options = {"epochs": 2, "step_size": 0.2, "soft_labels": True, "optimizer": "Adam"}
+    return du.DistilledSet(images, labels, **options)
 
 
 def work(folder: Path, *, iterations: int = 60, unroll: NetworkPool | None = None) -> bytes:
@@ -31,8 +33,9 @@ def work(folder: Path, *, iterations: int = 60, unroll: NetworkPool | None = Non
     toy, options = make_toy(), {**OPTIONS, "iterations": iterations, "validate_every": 5}
     distilled, unroll = make_set(toy), unroll or NetworkPool(3, window=2)
     running.distill(distilled, toy, Smooth, unroll=unroll, checkpoint=folder / "run.pt", **options)
-    with running.write_safely(folder / "set.safetensors") as path:
-        distilled.save(path, dataset=toy)
+    output = folder / "set.safetensors"
+    with running.locked("output", output), running.write_safely(output) as path:
+        du.save(distilled, path, dataset=toy)
     return (folder / "set.safetensors").read_bytes()
 
 
@@ -86,11 +89,15 @@ def test_a_job_with_a_killed_rank_resumes_to_the_same_file(tmp_path, dying):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     torch.multiprocessing.spawn(work_together, (tmp_path / "whole", None), nprocs=2)
-    with pytest.raises((torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)):
+    with pytest.raises(ENDS):
         torch.multiprocessing.spawn(work_together, (tmp_path / "killed", dying), nprocs=2)
-    assert running.read_checkpoint(tmp_path / "killed" / "run.pt")["state"]["iteration"] == 5
+    assert (
+        len(running.read_checkpoint(tmp_path / "killed" / "run.pt")["state"]["history"]["loss"])
+        == 5
+    )
     torch.multiprocessing.spawn(work_together, (tmp_path / "killed", None), nprocs=2)
-    first, second = ((tmp_path / name / "set.safetensors").read_bytes() for name in ("whole", "killed"))
+    paths = (tmp_path / name / "set.safetensors" for name in ("whole", "killed"))
+    first, second = (path.read_bytes() for path in paths)
     assert first == second
 
 
@@ -99,8 +106,9 @@ def damage(content: bytes, seed: int) -> bytes:
     """One of five mishaps at a random place."""
     chance = random.Random(seed)
     at, length = chance.randrange(len(content)), chance.randrange(1, 4096)
+    flipped = bytes([content[at] ^ 1 << chance.randrange(8)])
     return [
-        content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :],  # a flipped bit
+        content[:at] + flipped + content[at + 1 :],
         content[:at],  # cut off
         content[:at] + bytes(len(content[at : at + length])) + content[at + length :],  # zeroed
         content[:at] + content[at + length :],  # a part lost
@@ -116,8 +124,8 @@ def test_no_damaged_file_is_read(undisturbed_folder, tmp_path, kind, seed):
     path.write_bytes(damage(content, seed))
     if path.read_bytes() == content:  # zeros where zeros were
         path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"no checkpoint of distill|no whole and sound distilled set"):
-        running.read_checkpoint(path) if kind == "run.pt" else du.DistilledSet.load(path)
+    with pytest.raises(ValueError, match=r"no checkpoint of distill|cannot load a distilled set"):
+        running.read_checkpoint(path) if kind == "run.pt" else du.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +158,16 @@ def holder(tmp_path):
 @pytest.mark.fault("bad calls named")
 def test_a_second_run_with_the_same_checkpoint_is_refused_until_the_first_is_gone(tmp_path, holder):
     path = tmp_path / "run.pt"
-    with pytest.raises(ValueError, match=rf"checkpoint='{path}': process {holder.pid} on .* writes it; wait until"):
+    message = rf"checkpoint='{path}': process {holder.pid} on .* writes it; wait until"
+    with pytest.raises(ValueError, match=message):
         work(tmp_path)
     holder.kill()
     holder.wait()
     (tmp_path / "run.pt.4711.partial").touch()
     work(tmp_path, iterations=1)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run.pt", "set.safetensors"]
-    with running.locked("output", path), pytest.raises(ValueError, match=rf"output='{path}': process {os.getpid()} on"):
+    with (
+        running.locked("output", path),
+        pytest.raises(ValueError, match=rf"output='{path}': process {os.getpid()} on"),
+    ):
         running.locked("output", path).__enter__()

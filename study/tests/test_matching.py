@@ -21,7 +21,8 @@ def test_the_gradient_distance_adds_one_minus_cosine_over_the_rows_of_weights(sm
     def rows(batch: torch.Tensor) -> list[torch.Tensor]:
         network.zero_grad()
         F.cross_entropy(network(batch.detach()), torch.full((len(batch),), 1)).backward()
-        return [row.clone() for name, w in network.named_parameters() if "weight" in name for row in w.grad]
+        weights = [w for name, w in network.named_parameters() if "weight" in name]
+        return [row.clone() for w in weights for row in w.grad]
 
     pairs = zip(*map(rows, images), strict=True)
     expected = sum(1 - float(ours @ theirs / ours.norm() / theirs.norm()) for ours, theirs in pairs)
@@ -52,10 +53,11 @@ def test_the_feature_distance_compares_mean_features(smooth, images):
 )
 def test_matching_improves_noise_and_repeats(toy, smooth, distance, options):
     def accuracy(iterations: int) -> tuple[float, torch.Tensor]:
-        noise, labels = du.init_from_noise(toy, steps=1, per_class=2)
+        noise, labels = du.initialize(toy, "noise", steps=1, per_class=2)
         distilled = du.DistilledSet(noise, labels, epochs=30, step_size=0.1)
         if iterations:
-            match(distilled, toy, smooth, distance=distance, iterations=iterations, batch_size=16, **options)
+            more = {"iterations": iterations, "batch_size": 16, **options}
+            match(distilled, toy, smooth, distance=distance, **more)
         return du.evaluate(distilled, toy.test, smooth, networks=5).mean, distilled.images
 
     (before, _), (after, first), (_, second) = accuracy(0), accuracy(60), accuracy(60)
@@ -64,6 +66,6 @@ def test_matching_improves_noise_and_repeats(toy, smooth, distance, options):
 
 
 def test_sets_of_several_steps_are_refused(toy, smooth):
-    distilled = du.DistilledSet(*du.init_from_noise(toy, steps=2))
+    distilled = du.DistilledSet(*du.initialize(toy, "noise", steps=2))
     with pytest.raises(ValueError, match="distilled: has 2 steps; give a set of one step"):
         match(distilled, toy, smooth, distance=feature_distance, iterations=1, learning_rate=1.0)

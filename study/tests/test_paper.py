@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study import paper, report
+from study import controls, paper, report
 from study.records import Results
 from study.tests.small import small_study
+
+SHORT = {"scikit-learn digits": {"epochs": 1, "batch_size": 400}}
 
 
 class Linear(nn.Sequential):
@@ -25,8 +27,12 @@ def digits() -> du.Dataset:
 
 
 def train_networks(dataset: du.Dataset, count: int) -> list[nn.Module]:
+    def train(network: nn.Module) -> nn.Module:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+        return du.train(network, dataset.train, epochs=5, optimizer=optimizer)
+
     with du.seeded(0):
-        return [du.train(Linear(), dataset.train, epochs=5, step_size=0.01) for _ in range(count)]
+        return [train(Linear()) for _ in range(count)]
 
 
 def test_sampled_networks_are_copies_of_all_that_are_given(digits):
@@ -34,15 +40,14 @@ def test_sampled_networks_are_copies_of_all_that_are_given(digits):
     make_network = paper.sample_network(networks)
     given = [network[1].weight.clone() for network in networks]
     found = [make_network() for _ in range(60)]
-    assert {
-        int(du.torch.argmin(torch.stack([(each[1].weight - weight).norm() for weight in given]))) for each in found
-    } == {0, 1, 2}
+    kinds = [[torch.equal(each[1].weight, weight) for weight in given] for each in found]
+    assert {kind.index(True) for kind in kinds} == {0, 1, 2}
     for network in found[:10]:
         du.train(network, digits.test, epochs=1)
-    distilled = du.DistilledSet(*du.init_from_real(digits, steps=1), step_size=0.1)
+    distilled = du.DistilledSet(*du.initialize(digits, "real", steps=1), step_size=0.1)
     for count in (1, 2):  # alone and in an ensemble
         du.distill(distilled, digits, make_network, iterations=2, networks=count, progress=False)
-    assert all(torch.equal(network[1].weight, weight) for network, weight in zip(networks, given, strict=True))
+    assert all(map(torch.equal, [network[1].weight for network in networks], given))
     with pytest.raises(ValueError, match="networks: none given; give at least one"):
         paper.sample_network([])
 
@@ -62,20 +67,21 @@ def test_poisoning_changes_the_labels_of_one_class_and_nothing_else(digits):
 def test_an_attack_changes_one_class_and_spares_the_others(digits):
     networks = train_networks(digits, 4)
     poisoned = paper.poison_labels(digits, 0, 1)
-    distilled = du.DistilledSet(*du.init_from_real(digits, steps=1), step_size=0.05)
-    options = {"iterations": 300, "learning_rate": 0.1, "step_size_learning_rate": 0.03, "progress": False}
+    distilled = du.DistilledSet(*du.initialize(digits, "real", steps=1), step_size=0.05)
+    options = {"learning_rate": 0.1, "step_size_learning_rate": 0.03}
+    options |= {"iterations": 300, "progress": False}
     du.distill(distilled, poisoned, paper.sample_network(networks[:2]), **options)
     attacked, held_out = digits.test.labels == 0, networks[2:]
     success = du.Split(poisoned.test.images[attacked], poisoned.test.labels[attacked])
     others = du.Split(digits.test.images[~attacked], digits.test.labels[~attacked])
     assert max(du.accuracy(network, success) for network in held_out) < 5
-    found = [du.evaluate(distilled, split, paper.in_turn(held_out), networks=2).mean for split in (success, others)]
-    assert found[0] > 60
-    assert found[1] > 80
+    for split, least in ((success, 60), (others, 80)):
+        found = du.evaluate(distilled, split, paper.in_turn(held_out), networks=2)
+        assert found.mean > least
 
 
 def test_neighbors_classify_their_own_images_correctly(digits):
-    images, labels = du.init_from_real(digits, steps=3)
+    images, labels = du.initialize(digits, "real", steps=3)
     own = du.Split(images.flatten(0, 1), labels.flatten(0, 1).argmax(-1))
     assert paper.neighbor_accuracy(images, labels, own, 2, 1) == 100
     assert 50 < paper.neighbor_accuracy(images, labels, digits.test, 1, 3) < 100
@@ -87,13 +93,13 @@ def test_neighbors_classify_their_own_images_correctly(digits):
      "initializations", "adapt-digits-to-mnist", "attack"],
 )  # fmt: skip
 def test_each_kind_of_experiment_adds_its_lines_and_saves_its_sets(name, tmp_path, monkeypatch):
-    choose, validate = du.best_constant_step_size, du.validation_accuracy  # by one network and of two step sizes
-    few = {"networks": 1, "step_sizes": (0.05, 0.1)}
-    monkeypatch.setattr(du, "best_constant_step_size", lambda *arguments, **_: choose(*arguments, **few))
-    monkeypatch.setattr(
-        du, "validation_accuracy", lambda *arguments, **options: validate(*arguments, **options | {"networks": 1})
-    )
-    monkeypatch.setattr(paper, "PRETRAINING", {"scikit-learn digits": {"epochs": 1, "batch_size": 400}})
+    choose, validate = du.best_constant_step_size, paper.validation_accuracy
+    few = {"networks": 1, "step_sizes": (0.05, 0.1)}  # to choose by, and to choose from
+    monkeypatch.setattr(du, "best_constant_step_size", lambda *given, **_: choose(*given, **few))
+    for module in (paper, controls):
+        by_one = lambda *given, **more: validate(*given, **more | {"networks": 1})  # noqa: E731
+        monkeypatch.setattr(module, "validation_accuracy", by_one)
+    monkeypatch.setattr(paper, "PRETRAINING", SHORT)
     study = small_study(name, "paper", tmp_path)
     study.run(paper.EXPERIMENTS[name])
     results = Results(tmp_path / "paper")
@@ -101,22 +107,25 @@ def test_each_kind_of_experiment_adds_its_lines_and_saves_its_sets(name, tmp_pat
     assert results.accuracies.value.between(0, 100).all()
     for line in report.reported("paper"):
         if line["experiment"] == name.partition("-seed")[0]:
-            assert results.values(line["experiment"], line["row"]), "each line of the table finds its row"
+            found = results.values(line["experiment"], line["row"])
+            assert found, "each line of the table finds its row"
     for line in results.sets.itertuples():
-        assert results.load_set(name, line.row, number=line.set).steps > 0
+        assert results.load_set(name, line.row, number=line.set).updates > 0
     assert len(results.sets) == len(results.sets.drop_duplicates())
     stored = Results(report.RESULTS / "paper")  # under the same names
-    assert strip(results.accuracies.row) == strip(stored.accuracies[stored.accuracies.experiment == name].row)
-    assert set(results.sets.file) == set(stored.sets[stored.sets.experiment == name].file)
+    rows, files = (table[table.experiment == name] for table in (stored.accuracies, stored.sets))
+    assert strip(results.accuracies.row) == strip(rows.row)
+    assert set(results.sets.file) == set(files.file)
 
 
 def strip(rows) -> set[str]:
     """Names of rows, without the numbers that a small study finds otherwise."""
-    return {re.sub(", ([0-9]+ updates|step size|l[12]).*", "", row).replace("of 2 ", "of 50 ") for row in rows}
+    found = (re.sub(", ([0-9]+ updates|step size|l[12]).*", "", row) for row in rows)
+    return {row.replace("of 2 ", "of 50 ") for row in found}
 
 
 def test_a_pretrained_network_is_trained_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper, "PRETRAINING", {"scikit-learn digits": {"epochs": 1, "batch_size": 400}})
+    monkeypatch.setattr(paper, "PRETRAINING", SHORT)
     study = small_study("attack", "paper", tmp_path)
     first, _ = paper.pretrain(study, study.mnist)
     monkeypatch.setattr(du, "train", lambda *_, **__: pytest.fail("trained again"))

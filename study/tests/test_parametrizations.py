@@ -1,4 +1,4 @@
-"""Sets that override `decode`: evaluation, training from scratch, saving and loading all see the same images."""
+"""Sets with decoders: evaluation, training from scratch, saving and loading all see the same images."""
 
 import pytest
 import torch
@@ -8,7 +8,14 @@ from torchvision.transforms import v2
 
 import distill_utils as du
 from study.evaluation import train_from_scratch
-from study.parametrizations import Augmented, LowResolution, augment
+from study.parametrizations import (
+    Augment,
+    LowResolution,
+    augment,
+    augmented,
+    low_resolution,
+    multi_formation,
+)
 
 
 class Linear(nn.Sequential):
@@ -17,13 +24,15 @@ class Linear(nn.Sequential):
 
 
 @pytest.fixture
-def low(toy) -> LowResolution:
+def low(toy) -> du.DistilledSet:
     """2 steps × 3 images, stored at 2×2 and seen at 4×4."""
-    return LowResolution.from_images(*du.init_from_real(toy, steps=2), stored=2, epochs=3, step_size=0.1)
+    images, labels = du.initialize(toy, "real", steps=2)
+    decoder, images = LowResolution([4, 4]), LowResolution.pack(images, stored=2)
+    return du.DistilledSet(images, labels, decoder=decoder, epochs=3, step_size=0.1)
 
 
 def test_low_resolution_is_stored_small_and_seen_large(toy, low):
-    images, _ = du.init_from_real(toy, steps=2)
+    images, _ = du.initialize(toy, "real", steps=2)
     assert low.images.shape == (2, 3, 1, 2, 2)
     assert low.decode().shape == images.shape
     seen = [update[0] for update in low.schedule()]
@@ -36,17 +45,32 @@ def test_low_resolution_is_stored_small_and_seen_large(toy, low):
 
 
 def test_low_resolution_stores_14_by_14_by_default():
-    low = LowResolution.from_images(torch.randn(1, 2, 1, 28, 28), torch.eye(2)[None])
+    images = torch.randn(1, 2, 1, 28, 28)
+    low = low_resolution(images, torch.eye(2)[None])
+    assert torch.equal(low.images, LowResolution.pack(images, stored=14))
     assert low.images.shape[-2:] == (14, 14)
     assert low.decode().shape[-2:] == (28, 28)
 
 
+def test_multi_formation_packs_images_of_full_size(toy):
+    images, labels = du.initialize(toy, "real", steps=2, per_class=4)
+    distilled = multi_formation(images, labels, factor=2, epochs=3)
+    assert torch.equal(distilled.images, du.MultiFormation(2).pack(images))
+    assert (distilled.images.shape, distilled.decode().shape) == ((2, 3, 1, 4, 4), images.shape)
+    assert distilled.updates == 6
+
+
 @pytest.mark.parametrize("kind", ["low", "augmented"])
 def test_a_saved_set_is_loaded_as_the_same_set(toy, low, tmp_path, kind):
-    distilled = low if kind == "low" else Augmented(*du.init_from_real(toy, steps=2), epochs=3, step_size=0.1)
-    distilled.save(tmp_path / "set.safetensors", dataset=toy)
-    loaded = du.DistilledSet.load(tmp_path / "set.safetensors")
-    assert type(loaded) is type(distilled)
+    distilled, decoder, path = low, LowResolution([4, 4]), tmp_path / "set.safetensors"
+    if kind == "augmented":
+        images, labels = du.initialize(toy, "real", steps=2)
+        distilled, decoder = augmented(images, labels, epochs=3, step_size=0.1), Augment()
+    du.save(distilled, path, dataset=toy)
+    with pytest.raises(ValueError, match=f"decoder={type(decoder).__name__}"):
+        du.load(path)
+    loaded = du.load(path, decoder=decoder)
+    assert loaded.inner == distilled.inner
     for name in ("images", "labels"):
         assert torch.equal(getattr(loaded, name), getattr(distilled, name))
     torch.testing.assert_close(loaded.step_sizes, distilled.step_sizes)
@@ -55,22 +79,22 @@ def test_a_saved_set_is_loaded_as_the_same_set(toy, low, tmp_path, kind):
         with du.seeded(5):
             seen.append([update[0] for update in each.schedule()])
     assert all(map(torch.equal, *seen))
-    values = [du.evaluate(each, toy.test, Linear, networks=3).values for each in (distilled, loaded)]
+    pair = (distilled, loaded)
+    values = [du.evaluate(each, toy.test, Linear, networks=3).values for each in pair]
     assert torch.equal(*values)
 
 
 def test_training_from_scratch_sees_the_decoded_images(toy, low):
     """It used to train on the stored ones, which networks for images of full size cannot read."""
     plain = du.DistilledSet(low.decode().detach(), low.labels)
-    values = [train_from_scratch(each, toy.test, Linear, networks=3, epochs=4).values for each in (low, plain)]
+    options = {"networks": 3, "epochs": 4}
+    values = [train_from_scratch(each, toy.test, Linear, **options).values for each in (low, plain)]
     assert torch.equal(*values)
-    flipped = LowResolution(low.images.detach().flip(0), low.labels, size=[4, 4])
-    assert torch.equal(flipped.decode(), low.decode().flip(0))
 
 
 def test_augmentation_samples_a_transform_for_every_step_and_call(toy):
-    images, labels = du.init_from_real(toy, steps=1)
-    distilled = Augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
+    images, labels = du.initialize(toy, "real", steps=1)
+    distilled = augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
     first, second = distilled.decode(), distilled.decode()
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])  # of equal images
@@ -85,9 +109,9 @@ def test_augmentation_samples_a_transform_for_every_step_and_call(toy):
 
 
 def test_making_an_augmented_set_leaves_the_random_state_alone(toy):
-    images, labels = du.init_from_real(toy, steps=1)
+    images, labels = du.initialize(toy, "real", steps=1)
     state = torch.get_rng_state()
-    Augmented(images, labels)
+    augmented(images, labels)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -121,11 +145,6 @@ def center_and_spread(image: torch.Tensor) -> torch.Tensor:
     return torch.stack([row, column, mass.sum(1) @ down**2, 10 * down @ mass @ across])
 
 
-def test_sizes_that_are_none_are_named(toy):
-    images, labels = du.init_from_real(toy, steps=1)
-    with pytest.raises(ValueError, match=r"size=\[28\]: give a height and a width"):
-        LowResolution(images, labels, size=[28])
-    with pytest.raises(ValueError, match="width=0: give a whole number of at least 1"):
-        LowResolution(images, labels, size=[4, 0])
+def test_a_stored_size_that_is_none_is_named():
     with pytest.raises(ValueError, match="stored=0: give a whole number of at least 1"):
-        LowResolution.from_images(images, labels, stored=0)
+        LowResolution.pack(torch.ones(1, 2, 1, 4, 4), stored=0)

@@ -1,6 +1,7 @@
 """The command line, alone and under torchrun: its options, its exit status, and what it leaves behind."""
 
 import inspect
+import math
 import os
 import signal
 import subprocess
@@ -11,15 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-import safetensors
 import torch
 
 import distill_utils as du
 from study import running, train, truncation
+from study.records import read_metadata
 
 ROOT = Path(du.__file__).parent
-SMALL = "--dataset digits --device cpu --steps 1 --step-size 0.05 --batch-size 16 --validate-every 5"
-SMALL += " --validation-networks 1 --test-networks 2 --no-progress"
+SMALL = "--dataset digits --device cpu --steps 1 --step-size 0.05 --batch-size 16"
+SMALL += " --validate-every 5 --validation-networks 1 --test-networks 2 --no-progress"
 
 
 def command(*arguments: object, processes: int | None = None) -> list[str]:
@@ -31,11 +32,6 @@ def command(*arguments: object, processes: int | None = None) -> list[str]:
 def run_here(*arguments: object) -> int:
     """The exit status of the command, run in this process."""
     return train.main([*SMALL.split(), *map(str, arguments)])
-
-
-def notes(path: Path) -> dict[str, str]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata()
 
 
 def names(folder: Path) -> list[str]:
@@ -51,29 +47,33 @@ def test_help_explains_every_option(capsys):
     assert "usage: python -m study.train [-h] [OPTIONS] OUTPUT" in text
     for option in fields(train.Options)[1:]:
         assert f"--{option.name.replace('_', '-')}" in text
-        description = inspect.getdoc(train.Options).split(f"    {option.name}: ")[1].split("\n")[0].rstrip(".")
-        assert description in text
+        description = inspect.getdoc(train.Options).split(f"    {option.name}: ")[1]
+        assert description.split("\n")[0].rstrip(".") in text
 
 
 def test_defaults_are_those_of_the_library():
     defaults = {each.name: each.default for each in fields(train.Options)}
-    for function in (du.DistilledSet, du.Distillation, running.distill):
+    compared = []
+    for function in (du.DistilledSet, running.Run):
         for name, parameter in inspect.signature(function).parameters.items():
-            if name in defaults and parameter.default is not parameter.empty and defaults[name] is not None:
+            if parameter.default is not parameter.empty and defaults.get(name) is not None:
                 assert defaults[name] == parameter.default, name
+                compared.append(name)
+    assert len(compared) > 10
 
 
 def test_options_reach_the_run(tmp_path):
     digits = du.load_digits(device="cpu")
-    line = (
-        "--init noise --init-std 0.5 --per-class 4 --factor 2 --epochs 4 --optimizer SGD --momentum 0.5 --soft-labels"
-    )
-    line += " --label-smoothing 0.2 --networks 3 --learning-rate 0.2 --step-size-learning-rate 0 --window 2 --seed 5"
+    line = "--init noise --init-std 0.5 --per-class 4 --factor 2 --epochs 4 --soft-labels"
+    line += " --optimizer SGD --momentum 0.5 --label-smoothing 0.2 --networks 3 --window 2 --seed 5"
+    line += " --learning-rate 0.2 --step-size-learning-rate 0"
     options = train.parse([str(tmp_path / "set.safetensors"), *SMALL.split(), *line.split()])
-    run = train.make_run(options, digits, du.LeNet).distillation
+    run = train.make_run(options, digits, du.LeNet)
     distilled = run.distilled
-    assert (type(distilled), distilled.images.shape) == (du.MultiFormation, (1, 10, 1, 28, 28))
-    assert (distilled.epochs, distilled.momentum, distilled.factor) == (4, 0.5, 2)
+    assert distilled.images.shape == (1, 10, 1, 28, 28)
+    assert isinstance(distilled.decoder, du.MultiFormation)
+    assert distilled.decoder.factor == 2
+    assert distilled.inner == {"epochs": 4, "optimizer": "SGD", "momentum": 0.5}
     torch.testing.assert_close(distilled.labels.max(), torch.tensor(0.8 + 0.2 / 10))
     torch.testing.assert_close(distilled.step_sizes, torch.full((4,), 0.05))
     assert distilled.images.std() < 0.5
@@ -81,7 +81,10 @@ def test_options_reach_the_run(tmp_path):
     assert [group["initial_lr"] for group in run.optimizer.param_groups] == [0.2, 0]
     assert run.unroll.length == 2
     assert run.unroll.seed == 5
-    for text, kind in (("--pool 2 --window 1", truncation.NetworkPool), ("--checkpointed 1", truncation.Checkpointed)):
+    for text, kind in (
+        ("--pool 2 --window 1", truncation.NetworkPool),
+        ("--checkpointed 1", truncation.Checkpointed),
+    ):
         options = train.parse([str(tmp_path / "set.safetensors"), *text.split()])
         assert isinstance(train.make_unroll(options), kind)
     assert names(tmp_path) == []
@@ -102,14 +105,14 @@ BAD = {
     "--fixed-initialization -1": "fixed_initialization=-1: give at least 0",
     "--learning-rate nan": "learning_rate=nan: give a number below 1e37",
     "--learning-rate -1": "learning_rate=-1.0: give at least 0",
-    "--step-size 0": "step_size=0.0: give positive numbers",
+    "--step-size 0": "step_size=0.0: give a positive number",
     "--init noise --init-std -1": "init_std=-1.0: give at least 0",
     "--device cpu:x": "device='cpu:x': not on this machine; give auto",
     "--init-std 0.5": "init_std=0.5: has no effect without --init noise",
     "--label-smoothing 0.5": "label_smoothing=0.5: has no effect without --soft-labels",
     "--optimizer Adam --momentum 0.5": "momentum=0.5: ",
     "--factor 2": "factor=2: a step has 10 images; give a multiple of 4",
-    "--steps 100000": "steps=100000 × per_class=1 asks for 100000 images",
+    "--steps 100000": "steps=100000, per_class=1: class 0 has ",
     "--pool 2": "pool=2: has no effect without --window",
     "--window 0": "length=0: give a whole number",
     "--window 2": "length=2: give at most the 1 updates",
@@ -146,8 +149,12 @@ def test_a_missing_output_is_named(capsys):
 def test_outputs_are_tried_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("work had begun"))
     (tmp_path / "file").touch()
-    below, long = tmp_path / "file" / "set.safetensors", tmp_path / ("x" * 300)
-    for path, reason in ((tmp_path, "is a folder"), (below, "cannot be written"), (long, "File name too long")):
+    refused = {
+        tmp_path: "is a folder",
+        tmp_path / "file" / "set.safetensors": "cannot be written",
+        tmp_path / ("x" * 238): "File name too long",  # with what is added while it is written
+    }
+    for path, reason in refused.items():
         assert run_here(path) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: output='{path}': ")
@@ -172,35 +179,37 @@ def test_a_missing_dataset_is_named_with_its_remedy(tmp_path, monkeypatch, capsy
 
 # --------------------------------------------------------------------------------------------- runs
 def test_it_writes_a_set_and_the_same_command_goes_on(tmp_path, capsys):
-    output, checkpoint = tmp_path / "set.safetensors", tmp_path / "run.pt"
-    line = (output, "--iterations", 6, "--checkpoint", checkpoint, "--epochs", 2, "--fixed-initialization", 3)
+    output = tmp_path / "set.safetensors"
+    line = (output, "--iterations", 6, "--checkpoint", tmp_path / "run.pt")
+    line += ("--epochs", 2, "--fixed-initialization", 3)
     assert run_here(*line) == 0
     assert f"{output}: " in capsys.readouterr().out
-    kept = notes(output)
-    assert kept["iterations"] == "6 of 6"
-    assert (kept["network"], kept["initialization"], kept["seed"]) == ("LeNet", "fixed, seed 3", "0")
-    distilled = du.DistilledSet.load(output)
-    assert not torch.equal(distilled.images, du.init_from_real(du.load_digits(device="cpu"), steps=1)[0])
+    made = {"network": "LeNet", "initialization": "fixed, seed 3", "seed": 0, "iterations": 6}
+    kept = read_metadata(output)
+    assert {name: kept[name] for name in made} == made
+    distilled = du.load(output)
+    start, _ = du.initialize(du.load_digits(device="cpu"), "real", steps=1)
+    assert not torch.equal(distilled.images, start)
 
     output.unlink()
     assert run_here(*line) == 0
-    assert torch.equal(du.DistilledSet.load(output).images, distilled.images)
+    assert torch.equal(du.load(output).images, distilled.images)
     assert run_here(*line, "--seed", 1) == 1
     assert "seed: 0 there, 1 here" in capsys.readouterr().err
     assert names(tmp_path) == ["run.pt", "set.safetensors"]
 
 
-@pytest.mark.parametrize("init", ["noise", "kmeans"])
+@pytest.mark.parametrize("init", ["noise", "k-means"])
 def test_other_initializations_and_inner_loops(tmp_path, init):
-    line = ("--iterations", 1, "--init", init, "--factor", 2, "--per-class", 4, "--epochs", 2, "--pool", 2)
-    assert run_here(tmp_path / "set.safetensors", *line, "--window", 1) == 0
-    assert du.DistilledSet.load(tmp_path / "set.safetensors").decode().shape == (1, 40, 1, 28, 28)
+    line = f"--iterations 1 --init {init} --factor 2 --per-class 4 --epochs 2 --pool 2 --window 1"
+    assert run_here(tmp_path / "set.safetensors", *line.split()) == 0
+    assert du.load(tmp_path / "set.safetensors").decode().shape == (1, 40, 1, 28, 28)
 
 
 def test_mnist_from_its_folder(tmp_path, mnist_root):
-    line = (tmp_path / "set.safetensors", "--dataset", "MNIST", "--data-root", mnist_root, "--iterations", 1)
-    assert run_here(*line, "--test-networks", 1) == 0
-    assert notes(tmp_path / "set.safetensors")["dataset"] == "MNIST"
+    line = ("--dataset", "MNIST", "--data-root", mnist_root, "--iterations", 1)
+    assert run_here(tmp_path / "set.safetensors", *line, "--test-networks", 1) == 0
+    assert read_metadata(tmp_path / "set.safetensors")["dataset"] == "MNIST"
 
 
 def test_diverged_training_leaves_the_output_alone(tmp_path, capsys):
@@ -213,24 +222,24 @@ def test_diverged_training_leaves_the_output_alone(tmp_path, capsys):
     assert error.startswith("error: the meta-gradient is not finite at iteration 0")
     assert f"the set after 0 of 3 iterations is in {diverged}, and {output} is as it was" in error
     assert output.read_bytes() == before
-    assert notes(diverged)["iterations"] == "0"
-    du.DistilledSet.load(diverged)
+    assert du.load(diverged).iterations == 0
     diverged.unlink()
     assert names(tmp_path) == ["set.safetensors"]
 
 
 def test_values_that_are_not_finite_are_never_written(tmp_path, monkeypatch, capsys):
-    finish = running.Run.finish
+    finish = running.Run.run
 
     def diverge(run):
         finish(run)
-        run.distillation.distilled.images.data[0, 0] = float("inf")  # in the last step, where no gradient follows
+        run.distilled.images.data[0, 0] = math.inf  # in the last step, where no gradient follows
 
-    monkeypatch.setattr(running.Run, "finish", diverge)
+    monkeypatch.setattr(running.Run, "run", diverge)
     output = tmp_path / "set.safetensors"
     assert run_here(output, "--iterations", 1) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: the set has values that are not finite; lower step_size= or the learning rates")
+    message = "the set has values that are not finite; lower step_size= or the learning rates"
+    assert error.startswith(f"error: {message}")
     assert f"nothing sound is left to write, and {output} is as it was" in error
     assert names(tmp_path) == []
 
@@ -250,15 +259,17 @@ def test_a_full_disk_costs_nothing_that_was_learned(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Path, "write_bytes", full)
     full.name = "run.pt"
     run = ("--iterations", 3, "--checkpoint", checkpoint)
-    with pytest.warns(UserWarning, match=r"run\.pt': cannot be written \(No space left on device\); the run goes on"):
+    message = r"run\.pt': cannot be written \(No space left on device\); the run goes on"
+    with pytest.warns(UserWarning, match=message):
         assert run_here(output, *run) == 0
-    assert notes(output)["iterations"] == "3 of 3"
+    assert du.load(output).iterations == 3
     output.unlink()
     full.name = "set"
     assert run_here(output, *run) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: output='{output}': cannot be written (No space left on device); the set after 3")
-    assert notes(Path(error.split("'")[3]))["iterations"] == "3 of 3"
+    message = "cannot be written (No space left on device); the set after 3"
+    assert error.startswith(f"error: output='{output}': {message}")
+    assert du.load(error.split("'")[3]).iterations == 3
     assert names(tmp_path) == ["run.pt", "temporary"]
 
 
@@ -274,18 +285,19 @@ def test_ctrl_c_in_the_test_does_not_touch_the_output(tmp_path, monkeypatch, cap
     output = tmp_path / "set.safetensors"
     assert run_here(output, "--iterations", 1) == 130
     assert "written after 1 of 1 iterations; the test was interrupted" in capsys.readouterr().out
-    assert notes(output)["iterations"] == "1 of 1"
+    assert du.load(output).iterations == 1
 
 
 # ----------------------------------------------------------------------------------------- processes
 def start(folder: Path, line: list[str]) -> subprocess.Popen:
     """The command, well into its run."""
     with open(folder / "errors", "w") as errors, open(folder / "printed", "w") as printed:
-        process = subprocess.Popen(
-            line, cwd=ROOT, stderr=errors, stdout=printed, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    checkpoint = folder / "run.pt"
-    while not (checkpoint.exists() and running.read_checkpoint(checkpoint)["state"]["iteration"] >= 5):
+        options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        process = subprocess.Popen(line, stderr=errors, stdout=printed, **options)
+    path = folder / "run.pt"
+    while not (
+        path.exists() and len(running.read_checkpoint(path)["state"]["history"]["loss"]) >= 5
+    ):
         assert process.poll() is None, (folder / "errors").read_text()
         time.sleep(0.01)
     return process
@@ -302,7 +314,7 @@ def finish_here(folder: Path, *, more: int = 3) -> list[float]:
     after = running.read_checkpoint(checkpoint)["state"]["history"]["loss"]
     assert len(after) == len(losses) + more
     assert after[: len(losses)] == losses
-    assert notes(output)["iterations"] == f"{len(after)} of {len(after)}"
+    assert du.load(output).iterations == len(after)
     return after
 
 
@@ -323,9 +335,9 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, monkeypatch, capsys):
     assert "Interrupted after 7 of 5000 iterations: the same call" in said.out
     assert f"{output}: interrupted, written after 7 of 5000 iterations" in said.out
     assert said.err == ""
-    assert notes(output)["iterations"] == "7 of 5000"
+    assert du.load(output).iterations == 7
     images = running.read_checkpoint(checkpoint)["state"]["distilled"]["images"]
-    assert torch.equal(du.DistilledSet.load(output).images, images)
+    assert torch.equal(du.load(output).images, images)
     finish_here(tmp_path)
 
 
@@ -340,8 +352,8 @@ def test_torchrun_passes_ctrl_c_on_and_one_process_finishes_the_run(tmp_path):
         job.terminate()
     printed = (tmp_path / "printed").read_text()
     assert printed.count("interrupted, written after") == 1, "the first process alone writes"
-    done = running.read_checkpoint(tmp_path / "run.pt")["state"]["iteration"]
-    kept = notes(tmp_path / "set.safetensors")
-    assert kept["iterations"] == f"{done} of 5000"
+    done = len(running.read_checkpoint(tmp_path / "run.pt")["state"]["history"]["loss"])
+    kept = read_metadata(tmp_path / "set.safetensors")
+    assert kept["iterations"] == done
     assert kept["command"].startswith("torchrun --nproc-per-node=2 -m study.train --dataset digits")
     finish_here(tmp_path)
