@@ -3,8 +3,8 @@ that train a network.
 
 In this order: inner loop, outer loop, distilled set, decoders, initialization, networks, data,
 evaluation, files, pictures, helpers. Brackets give shapes. A *network factory* is a callable that
-returns a freshly initialized `nn.Module`, which turns images [n, c, h, w] into scores [n, classes].
-*Normalized* images are `(pixel - mean) / std`, of pixels in 0..1.
+returns a freshly initialized `nn.Module`, which turns images [n, c, h, w] into scores [n, classes],
+before any softmax. *Normalized* images are `(pixel - mean) / std`, of pixels in 0..1.
 """
 
 from __future__ import annotations
@@ -140,6 +140,10 @@ class Distillation:
         for name in ("learning_rate", "step_size_learning_rate"):
             rate = getattr(self, name)
             require(0 <= rate < math.inf, f"{name}={rate}: give at least 0, and a finite number")
+        ours = (self.distilled.labels.shape[-1], *self.distilled.decode().shape[2:])
+        theirs = (self.dataset.classes, *self.dataset.train.images.shape[1:])
+        sizes = f"{ours} are its classes and decoded image size, the dataset has {theirs}"
+        require(ours == theirs, f"distilled: {sizes}")
         self.running_norm, self.history = math.inf, History()
         sizes = self.distilled.raw_step_sizes
         content = [weight for weight in self.distilled.parameters() if weight is not sizes]
@@ -160,8 +164,8 @@ class Distillation:
 
     def run(self) -> History:
         """Runs the remaining iterations. Raises FloatingPointError where training diverges, and
-        KeyboardInterrupt when stopped; the set is then as the last iteration left it, and another
-        `run` resumes from there."""
+        KeyboardInterrupt when stopped; the set keeps what it has learned, and another `run` resumes
+        from there."""
         left = range(self.iteration, self.iterations)
         bar = tqdm(left, file=sys.stdout, ncols=100, disable=not self.progress)
         try:
@@ -251,8 +255,8 @@ class DistilledSet(nn.Module):
         images: [steps, n, c, h, w], normalized images, or the decoder's input; update u trains on
             step u % steps.
         labels: [steps, n, classes], probabilities, one row for each decoded image.
-        decoder: a module that turns `images` into those that networks see; it is learned, too. Its
-            `options`, if any, are what `load` constructs it from.
+        decoder: a module that turns `images` into those that networks see, [steps, n, c, h, w]; it
+            is learned, too.
         epochs: passes over the steps; the inner loop makes steps × epochs updates.
         step_size: initial value of every step size, or one for each update as a tensor [updates].
         soft_labels: whether to learn the labels, as scores behind a softmax (Sucholutsky and
@@ -746,7 +750,10 @@ def best_constant_step_size(
 
 
 def train_on(network: nn.Module, distilled: DistilledSet) -> nn.Module:
-    """A copy of the network, trained on the distilled set: an ordinary module, to use and save."""
+    """A copy of the network, trained on the distilled set: an ordinary module, to use and save.
+    Raises ValueError for a network that `check_network` refuses."""
+    images, classes = distilled.decode()[0].detach(), distilled.labels.shape[-1]
+    check_network(lambda: copy.deepcopy(network), images, classes, differentiable=False)
     (trained,) = unroll(network, distilled, differentiable=False)
     network, weights = copy.deepcopy(network), trained.weights()
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
@@ -825,7 +832,7 @@ def load(
         remedy = f"give its decoder, as in load(path, decoder={kind}())"
         require(decoder or kind in DECODERS, remedy)
         decoder = (decoder or DECODERS[kind](**metadata["decoder_options"])).to(device)
-        require(type(decoder).__name__ == kind, f"its decoder is a {kind}")
+        require(type(decoder).__name__ == kind, f"its decoder is of the class {kind}")
         images, labels, step_size = (tensors.pop(key) for key in TENSORS)
         nn.ModuleDict({"decoder": decoder}).load_state_dict(tensors)
         options = {"decoder": decoder, "step_size": step_size, **metadata["inner"]}

@@ -326,7 +326,7 @@ def test_a_decoder_of_ones_own_is_learned_saved_and_loaded(toy, smooth, tmp_path
         ValueError, match=r"give its decoder, as in load\(path, decoder=Shifted\(\)\)"
     ):
         du.load(path)
-    with pytest.raises(ValueError, match="its decoder is a Shifted"):
+    with pytest.raises(ValueError, match="its decoder is of the class Shifted"):
         du.load(path, decoder=nn.Identity())
 
 

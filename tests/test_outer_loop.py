@@ -258,6 +258,15 @@ def test_bad_settings_are_named_before_any_work(toy, options, message):
 
 
 @pytest.mark.fault("bad calls named")
+@pytest.mark.parametrize(("size", "classes"), [((3, 4, 4), 3), ((1, 5, 5), 3), ((1, 4, 4), 4)])
+def test_a_set_for_other_data_is_named(toy, smooth, size, classes):
+    distilled = du.DistilledSet(torch.rand(1, classes, *size), torch.eye(classes)[None])
+    message = rf"distilled: \({classes}, {size[0]}, .* the dataset has \(3, 1, 4, 4\)"
+    with pytest.raises(ValueError, match=message):
+        du.distill(distilled, toy, smooth, **SETTINGS)
+
+
+@pytest.mark.fault("bad calls named")
 def test_real_images_that_are_not_finite_give_no_accuracy(toy, smooth):
     split = du.Split(toy.test.images * math.nan, toy.test.labels)
     with pytest.raises(ValueError, match="split: some images are not finite"):
