@@ -135,9 +135,8 @@ def run_side_by_side(jobs: list[Job], options: Options) -> None:
             for job in ready[: options.workers - len(running)]:
                 waiting.remove(job)
                 running[job] = context.Process(target=run_worker, args=(job, options))
-                interrupt = signal.signal(
-                    signal.SIGINT, signal.SIG_IGN
-                )  # inherited while the process starts
+                # inherited while the process starts
+                interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
                 running[job].start()
                 signal.signal(signal.SIGINT, interrupt)
             time.sleep(0.1)
@@ -158,9 +157,8 @@ def main(options: Options) -> None:
     """Runs what is missing, and writes the reports of what has changed."""
     jobs = [] if options.report else options.find_missing()
     if jobs:
-        du.load_mnist(
-            options.data_root, device="cpu"
-        )  # downloads it once, or fails before any process starts
+        # downloads it once, or fails before any process starts
+        du.load_mnist(options.data_root, device="cpu")
     elif not options.report:
         print(f"{options.results} holds all these experiments")
     if len(jobs) > 1 and options.workers > 1:
@@ -195,8 +193,7 @@ def run_command_line() -> None:
 
 
 if __name__ == "__main__":
-    from study import (
-        __main__ as importable,
-    )  # new processes find `run_worker` in this module by its full name
+    # new processes find `run_worker` in this module by its full name
+    from study import __main__ as importable
 
     importable.run_command_line()

@@ -92,7 +92,7 @@ def ablation(
         seconds += time.perf_counter() - begin
         values.append(
             du.evaluate(
-                distilled, dataset.validation, du.LeNet, networks=networks, seed=20_000
+                distilled, dataset.validation, du.LeNet, networks=networks, seed=du.VALIDATION_SEED
             ).values
         )
     study.distillation_seconds = round(seconds / len(SEEDS), 2)

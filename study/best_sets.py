@@ -198,7 +198,9 @@ def best_step_size(
     """The one that gives the best accuracy on validation images."""
     return max(
         rates,
-        key=lambda rate: train(dataset.validation, networks=1, step_size=rate, seed=20_000).mean,
+        key=lambda rate: (
+            train(dataset.validation, networks=1, step_size=rate, seed=du.VALIDATION_SEED).mean
+        ),
     )
 
 
@@ -374,21 +376,13 @@ DECODED = {  # floats of 10, 100 and 500 images, all codes, labels and the decod
         **MAIN,
     },
 }  # fmt: skip
-DISTILLED = tuple(
-    name for name, recipe in DECODED.items() if "schedule" in recipe
-)  # of the decoded sets
+# of the decoded sets
+DISTILLED = tuple(name for name, recipe in DECODED.items() if "schedule" in recipe)
 SCHEDULED = tuple(name for name in RECIPES if protocol(name) == "learned schedule")
-SEEDED = (
-    "mnist-ipc1-mf2-50updates",
-    "mnist-ipc10-30updates",
-    "mnist-ipc10-mf2-30updates",
-)  # distilled three times
-MATCHED = {
-    "matches": 10,
-    "updates": 5,
-    "batch_size": 32,
-    "learning_rate": 0.1,
-}  # more than one image per class
+# distilled three times
+SEEDED = ("mnist-ipc1-mf2-50updates", "mnist-ipc10-30updates", "mnist-ipc10-mf2-30updates")
+# more than one image per class
+MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}
 UNROLLED = {"window": 30, "batch_size": 512, "learning_rate": 0.05}
 RIVALS = {  # two minutes each; learning rates chosen on validation images
     "-".join(["rival", method.replace(" ", "-"), f"ipc{per_class}", *([network.lower()] if network else [])]): {

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 import distill_utils as du
 
-Distance = Callable[
-    [nn.Module, Tensor, Tensor, Tensor], Tensor
-]  # of synthetic and real images of one class
+# of synthetic and real images of one class
+Distance = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def gradient_distance(network: nn.Module, synthetic: Tensor, real: Tensor, label: Tensor) -> Tensor:

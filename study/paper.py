@@ -30,11 +30,8 @@ INITIALIZATIONS = {
     "orthogonal": nn.init.orthogonal_,
 }
 DISTILLED_FOR = ("Xavier normal", "PyTorch default")
-ATTACKS = (
-    (0, 1),
-    (3, 8),
-    (9, 4),
-)  # the class attacked, and the class that networks should predict for it
+# the class attacked, and the class that networks should predict for it
+ATTACKS = ((0, 1), (3, 8), (9, 4))
 PRETRAINING = {
     "MNIST": {"epochs": 1, "batch_size": 128},
     "scikit-learn digits": {"epochs": 15, "batch_size": 32},
@@ -257,10 +254,8 @@ def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
 def pretrain(study: Study, dataset: du.Dataset) -> tuple[list[nn.Module], list[nn.Module]]:
     """LeNets trained on `dataset`, some to distill for and others held out; each in a file of its own."""
     training, held_out = (max(len(SEEDS), round(count * study.fraction)) for count in (30, 100))
-    made = {
-        "train": PRETRAINING[dataset.name],
-        "std": dataset.std,
-    }  # a file of other data or settings is of no use
+    # a file of other data or settings is of no use
+    made = {"train": PRETRAINING[dataset.name], "std": dataset.std}
     networks = []
     for number in range(training + held_out):
         path = study.checkpoints / f"{dataset.name}-network-{number}.pt"

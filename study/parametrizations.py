@@ -39,9 +39,8 @@ class Augment(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[steps, n, c, h, w]; what moves in from outside has the mean value of a step's corners."""
-        corners = (
-            images[..., 0, 0].detach().flatten(1).mean(1)
-        )  # black where the images show digits
+        # black where the images show digits
+        corners = images[..., 0, 0].detach().flatten(1).mean(1)
         return torch.stack(
             [augment(step, black=corner) for step, corner in zip(images, corners, strict=True)]
         )

@@ -139,9 +139,8 @@ class Study:
     lines: dict[str, list[dict]] = field(
         default_factory=lambda: {name: [] for name in TABLES}, init=False
     )
-    distillation_seconds: float = field(
-        default=math.nan, init=False
-    )  # where an experiment is timed
+    # where an experiment is timed
+    distillation_seconds: float = field(default=math.nan, init=False)
 
     @property
     def folder(self) -> Path:

@@ -48,9 +48,8 @@ def draw_images(panels: dict[str, Tensor], *, columns: int = 10) -> Figure:
         torchvision.utils.make_grid(images.detach().cpu().flatten(0, -4), **options)
         for images in panels.values()
     ]
-    height = 0.6 + max(
-        4.5 * grid.shape[1] / grid.shape[2] for grid in grids
-    )  # inches, for a width of 4.5
+    # inches, for a width of 4.5
+    height = 0.6 + max(4.5 * grid.shape[1] / grid.shape[2] for grid in grids)
     figure, axes = plt.subplots(
         1, len(grids), figsize=(4.5 * len(grids), height), squeeze=False, layout="constrained"
     )
@@ -504,9 +503,8 @@ def decoded_table(results: Results, *names: str) -> str:
                 results.pooled(name, each) if each in stored else "" for each in (row, *others)
             ]
             found.append(elsewhere(results, name, architecture))
-            controls = (
-                found[1:] if name in DISTILLED else found[2:]
-            )  # what a set was before distillation
+            # what a set was before distillation
+            controls = found[1:] if name in DISTILLED else found[2:]
             lead = found[0].mean - max(each.mean for each in controls if each)
             sets = results.values(name, row)
             networks = f"{len(sets)}×{len(sets[0])}" if len(sets) > 1 else len(sets[0])

@@ -100,14 +100,17 @@ class Run(du.Distillation):
             raise Interrupted(f"after {self.iteration} of {self.iterations} iterations")
         return self.history
 
+    def compute_gradient(self) -> float:
+        """The mean of all processes' gradients and losses."""
+        loss, self.stopping = average_over_processes(
+            self, super().compute_gradient(), self.interrupted.is_set()
+        )
+        return loss
+
     def step(self) -> float:
         """One iteration, the same in all processes; returns its loss. Raises KeyboardInterrupt after Ctrl-C."""
-        with du.seeded(self.seed, self.iteration, 2):  # for decoders that draw random numbers
-            loss = self.compute_gradient()
-        loss, stop = average_over_processes(self, loss, self.interrupted.is_set())
-        self.apply_gradient()
-        self.history.loss.append(loss)
-        if stop:
+        loss = super().step()
+        if self.stopping:
             self.write()
             self.stopped = True
             raise KeyboardInterrupt
@@ -149,9 +152,8 @@ class Run(du.Distillation):
             if content is not None:
                 content = unpack(content)
                 self.load_state_dict(content["state"])
-                own = content["unroll"][
-                    self.rank : self.rank + 1
-                ]  # nothing for a process more than the run had
+                # nothing for a process more than the run had
+                own = content["unroll"][self.rank : self.rank + 1]
                 if own and own[0] is not None:
                     device = self.dataset.train.images.device
                     self.unroll.load_state_dict(unpack(pack(own[0]), device))
@@ -230,9 +232,7 @@ def read_checkpoint(path: str | Path) -> dict:
         du.require(header == HEADER and digest == hashlib.sha256(payload).digest(), "damaged")
         content = unpack(payload)
         du.require(content.keys() == CONTENT and content["state"].keys() == STATE, "not of distill")
-    except (
-        Exception
-    ) as error:  # torch.load meets other versions and contents with errors of many kinds
+    except Exception as error:  # other versions and contents raise errors of many kinds
         raise ValueError(
             f"checkpoint='{path}': no checkpoint of distill; delete it or name another"
         ) from error
@@ -321,9 +321,8 @@ def require_writable(name: str, path: str | Path) -> None:
         du.require(
             not there or path.is_file(), f"{name}='{path}': is no regular file; name another"
         )
-        probe = path.with_name(
-            f"{path.name}.{os.getpid()}.partial.partial"
-        )  # the longest name in use
+        # the longest name in use
+        probe = path.with_name(f"{path.name}.{os.getpid()}.partial.partial")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -360,9 +359,8 @@ def describe(value: object) -> str:
             code.co_names,
             [each for each in closure if is_scalar(each)],
         ]
-        local = (
-            "<" in value.__qualname__
-        )  # a lambda, or a function in a function: its name does not tell what it does
+        # a lambda, or a function in a function: its name does not tell what it does
+        local = "<" in value.__qualname__
         text = (
             f"{value.__qualname__} {digest(repr(parts).encode())}" if local else value.__qualname__
         )

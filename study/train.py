@@ -107,9 +107,8 @@ def parse(arguments: list[str]) -> Options:
     except SystemExit as end:
         if not end.code:  # after --help
             raise
-        _, message, *_ = re.split(
-            "[-─╭╮╰╯]{5,}", said.getvalue()
-        )  # title, message and help, in a frame or not
+        # title, message and help, in a frame or not
+        _, message, *_ = re.split("[-─╭╮╰╯]{5,}", said.getvalue())
         text = " ".join(message.replace("│", " ").split()).rstrip(".")
         raise ValueError(f"{text}; see --help") from None
 
@@ -118,9 +117,8 @@ def check(options: Options) -> None:
     """Raises ValueError for what the library would find only after work, or not at all."""
     for name, value in vars(options).items():
         if isinstance(value, float):
-            du.require(
-                abs(value) < 1e37, f"{name}={value}: give a number below 1e37"
-            )  # which float32 still holds
+            # which float32 still holds
+            du.require(abs(value) < 1e37, f"{name}={value}: give a number below 1e37")
     for name in ("seed", "fixed_initialization"):
         value = getattr(options, name) or 0
         du.require(0 <= value < 2**63, f"{name}={value}: give at least 0 and less than 2**63")

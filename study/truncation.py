@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 import distill_utils as du
 
 Update = tuple[Tensor, Tensor, Tensor]  # images [n, c, h, w], labels [n, classes], step size []
-State = dict[
-    str, Tensor | int
-]  # "done", "parameter/0", "buffer/scale", "moment/0/exp_avg", "moment/0/step", ...
+# "done", "parameter/0", "buffer/scale", "moment/0/exp_avg", "moment/0/step", ...
+State = dict[str, Tensor | int]
 
 
 class InnerRun:
@@ -101,9 +100,8 @@ class InnerRun:
             kind, _, rest = name.partition("/")
             if kind == "buffer":
                 module, _, buffer = rest.rpartition(".")
-                setattr(
-                    patched.get_submodule(module), buffer, value.clone()
-                )  # as a forward may change it in place
+                # as a forward may change it in place
+                setattr(patched.get_submodule(module), buffer, value.clone())
             elif kind == "moment":
                 parameter, moment = rest.split("/")
                 inner.state[0][int(parameter)][moment] = value

@@ -85,12 +85,6 @@ torchvision.datasets.MNIST.download = fail
 """
 
 
-def multi_formation(images: Tensor, labels: Tensor, **options) -> du.DistilledSet:
-    """A set of images of full size, four of them in each stored one."""
-    decoder = du.MultiFormation(2)
-    return du.DistilledSet(decoder.pack(images), labels, decoder=decoder, **options)
-
-
 def make_decoder() -> du.CodeDecoder:
     """Turns codes of 5 numbers into images [1, 4, 4]."""
     decoder = du.CodeDecoder(5, [4, 3], [1, 4, 4])
@@ -175,10 +169,8 @@ class Remote(Tensor):
 def run_remotely(function, args, kwargs):
     """Runs an operation on the values of remote tensors; raises RuntimeError where it mixes devices."""
     copies = function._schema.name in ("aten::_to_copy", "aten::copy_")
-    indexes = function._schema.name in (
-        "aten::index",
-        "aten::index_put_",
-    )  # the indices may be on the CPU
+    # the indices may be on the CPU
+    indexes = function._schema.name in ("aten::index", "aten::index_put_")
     tensors = [
         leaf
         for leaf in tree_leaves(args[:1] if indexes else (args, kwargs))

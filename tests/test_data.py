@@ -131,9 +131,8 @@ def test_damaged_mnist_files_are_named_and_kept(tmp_path, mnist_root, file, dama
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             name = f"{part}-{kind}-ubyte"
-            (raw / name).write_bytes(
-                (source / name.replace("train", "t10k")).read_bytes()
-            )  # the smaller ones
+            # the smaller ones
+            (raw / name).write_bytes((source / name.replace("train", "t10k")).read_bytes())
     (raw / file).write_bytes(damage((raw / file).read_bytes()))
     with pytest.raises(
         (FileNotFoundError, ValueError), match=r"MNIST is missing or damaged; delete|test: pixels"

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import distill_utils as du
-from tests.conftest import make_decoder, multi_formation
+from study.parametrizations import multi_formation
+from tests.conftest import make_decoder
 
 SETTINGS = {"iterations": 3, "batch_size": 8, "validate_every": 2, "progress": False}
 
@@ -17,7 +18,9 @@ def make_set(dataset: du.Dataset, *, factor=1, decoded=False, **options) -> du.D
         with du.seeded(0):
             codes, options["decoder"] = torch.rand(2, 3, 5, 1, 1), make_decoder()
         return du.DistilledSet(codes, labels.cpu(), **options).to(images.device)
-    return (multi_formation if factor > 1 else du.DistilledSet)(images, labels, **options)
+    if factor > 1:
+        return multi_formation(images, labels, factor=factor, **options)
+    return du.DistilledSet(images, labels, **options)
 
 
 KINDS = pytest.mark.parametrize(
@@ -86,9 +89,8 @@ def test_evaluation_and_training_on_the_device_do_what_they_do_on_the_cpu(
         for dataset in (toy_on_device, toy)
     )
     assert there.values.device.type == "cpu"
-    assert there.values.tolist() == pytest.approx(
-        here.values.tolist(), abs=4
-    )  # one image in thirty
+    # one image in thirty
+    assert there.values.tolist() == pytest.approx(here.values.tolist(), abs=4)
     best = du.best_constant_step_size(
         make_set(toy_on_device), toy_on_device, smooth, step_sizes=(0.01, 0.1)
     )

@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from tests.conftest import make_decoder, multi_formation
+from study.parametrizations import multi_formation
+from tests.conftest import make_decoder
 
 
 def make_set(toy, *, factor=1, **options) -> du.DistilledSet:
     images, labels = du.initialize(toy, "real", steps=2, per_class=factor**2)
     options = {"epochs": 2, "step_size": 0.1, **options}
     if factor > 1:
-        return multi_formation(images, labels, **options)
+        return multi_formation(images, labels, factor=factor, **options)
     return du.DistilledSet(images, labels, **options)
 
 
@@ -182,7 +183,7 @@ def test_a_multi_formation_holds_more_images_in_as_many_pixels():
     """Images of one brightness each, which survive being made smaller and larger, come back in their order."""
     images = torch.arange(24.0).view(2, 12, 1, 1, 1).expand(2, 12, 1, 4, 8)
     labels = torch.eye(12).expand(2, 12, 12)
-    distilled = multi_formation(images, labels)
+    distilled = multi_formation(images, labels, factor=2)
     assert distilled.images.shape == (2, 3, 1, 4, 8)
     torch.testing.assert_close(
         distilled.images[0, 0, 0, ::2, ::4], torch.tensor([[0.0, 1.0], [2.0, 3.0]])

@@ -50,9 +50,8 @@ def functional_loss(network, real, images, labels, step_sizes, *, optimizer="SGD
             size = (
                 step_sizes[update] * (1 - 0.999 ** (update + 1)) ** 0.5 / (1 - 0.9 ** (update + 1))
             )
-            roots = {
-                name: (square[name] + 1e-40).sqrt() for name in weights
-            }  # 1e-40: a slope where a gradient is 0
+            # 1e-40: a slope where a gradient is 0
+            roots = {name: (square[name] + 1e-40).sqrt() for name in weights}
             weights = {
                 name: weights[name] - size * velocity[name] / (roots[name] + 1e-4)
                 for name in weights

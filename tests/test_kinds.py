@@ -132,9 +132,8 @@ def in_place() -> nn.Module:
 
 
 def one_of_two_activations() -> nn.Module:
-    activation = random.choice(
-        [torch.tanh, torch.sigmoid]
-    )  # which no layer shows, from a generator of the user's own
+    # which no layer shows, from a generator of the user's own
+    activation = random.choice([torch.tanh, torch.sigmoid])
     return Calls(
         lambda self, x: self.last(self.act(self.first(x.flatten(1)))),
         act=activation,
@@ -272,16 +271,14 @@ def test_a_network_is_distilled_for_evaluated_and_trained(toy, make_network):
     random.seed(2)
     found = du.evaluate(distilled, toy.test, make_network, networks=9, seed=2).values
     random.seed(2)
-    du.check_network(
-        make_network, toy.test.images, 3
-    )  # as evaluate does, so that both draw the same
+    # as evaluate does, so that both draw the same
+    du.check_network(make_network, toy.test.images, 3)
     with du.seeded(2):
         networks = [make_network() for _ in range(9)]
     for network, value in zip(networks, found.tolist(), strict=True):
         plain_loss(network, distilled, toy.test)
-        assert float(du.accuracy(network, toy.test)) == pytest.approx(
-            value, abs=4
-        )  # an image in 30
+        # an image in 30
+        assert float(du.accuracy(network, toy.test)) == pytest.approx(value, abs=4)
 
 
 def test_a_trained_network_is_an_ordinary_module(toy, tmp_path):

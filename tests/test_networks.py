@@ -116,9 +116,8 @@ def test_accuracy_counts_the_whole_split(toy):
     assert du.accuracy(Bright(), toy.test) == 100
     wrong = du.Split(toy.test.images, (toy.test.labels + (torch.arange(30) < 6)) % 3)
     assert du.accuracy(Bright(), wrong) == 80
-    repeated = du.Split(
-        wrong.images.repeat(60, 1, 1, 1), wrong.labels.repeat(60)
-    )  # more than one part's
+    # more than one part's
+    repeated = du.Split(wrong.images.repeat(60, 1, 1, 1), wrong.labels.repeat(60))
     assert du.accuracy(Bright(), repeated) == 80
 
 

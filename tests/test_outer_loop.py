@@ -164,9 +164,8 @@ def test_an_iteration_follows_algorithm_1(toy, smooth):
     )
     run.apply_gradient()
     step = before - distilled.images.detach()
-    torch.testing.assert_close(
-        step, 0.03 * gradient.sign(), rtol=1e-2, atol=1e-4
-    )  # Adam's first step
+    # Adam's first step
+    torch.testing.assert_close(step, 0.03 * gradient.sign(), rtol=1e-2, atol=1e-4)
 
 
 def test_the_learning_rates_fall_to_zero_and_a_rate_of_zero_keeps_the_step_sizes(toy, smooth):

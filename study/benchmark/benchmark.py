@@ -34,9 +34,8 @@ from study.report import markdown_table
 from study.truncation import Checkpointed
 
 TOLERANCE = 1e-3  # of a gradient's norm
-Problem = tuple[
-    du.DistilledSet, list[nn.Module], du.Split
-]  # what a method takes: set, networks, real batch
+# what a method takes: set, networks, real batch
+Problem = tuple[du.DistilledSet, list[nn.Module], du.Split]
 
 
 def ensemble_gradient(
@@ -305,9 +304,8 @@ def memory() -> str:
 
 
 def time_unroll(updates: int, unroll: Callable) -> tuple[list[float], float]:
-    ensemble_gradient(
-        *make_problem(updates=10, batch_size=64)
-    )  # loads what torch loads at first use
+    # loads what torch loads at first use
+    ensemble_gradient(*make_problem(updates=10, batch_size=64))
     return timed(
         partial(ensemble_gradient, unroll=unroll),
         *make_problem(updates=updates, batch_size=64),
@@ -392,7 +390,9 @@ def time_to_targets(start: str, way: str, limit: float, data_root: str) -> list:
     while len(passed) < len(TARGETS) and spent < limit:
         spent += sum(seconds(iterate, clock=time.process_time) for _ in range(EVERY))
         iterations += EVERY
-        found = du.evaluate(distilled, mnist.validation, du.LeNet, networks=NETWORKS, seed=20_000)
+        found = du.evaluate(
+            distilled, mnist.validation, du.LeNet, networks=NETWORKS, seed=du.VALIDATION_SEED
+        )
         passed |= {
             target: f"{spent:.0f}"
             for target in TARGETS
