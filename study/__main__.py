@@ -23,7 +23,9 @@ import torch
 import tyro
 
 import distill_utils as du
-from study import ablation, best_sets, paper, report
+from study import report
+from study.experiments import ablation, paper
+from study.experiments import sets as best_sets
 from study.records import RESULTS, Results, Study
 
 PARTS = {

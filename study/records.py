@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock  # comes with torch
 
 import distill_utils as du
-from study import running
+from study import runs
 
 RESULTS = Path(__file__).with_name("results")
 TABLES = {  # runs last, as its line says that the others are there
@@ -118,7 +118,7 @@ def add_lines(folder: Path, lock: Path, experiment: str, lines: dict[str, list[d
             table, new = getattr(stored, name), pd.DataFrame(lines[name], columns=columns)
             parts = [part for part in (table[table.experiment != experiment], new) if len(part) > 0]
             if parts:
-                with running.write_safely(folder / f"{name}.csv") as path:
+                with runs.write_safely(folder / f"{name}.csv") as path:
                     pd.concat(parts).sort_values("experiment", kind="stable").to_csv(
                         path, index=False
                     )
@@ -178,7 +178,7 @@ class Study:
         `label` tells the sets of one experiment apart; `options` are those of `du.Distillation`.
         """
         iterations = max(1, round(self.fraction * iterations))
-        running.distill(
+        runs.distill(
             distilled, dataset, make_network, iterations=iterations, seed=seed, validation_networks=1, progress=False,
             checkpoint=self.checkpoints / self.name / f"{label or 'set'}.pt", validate_every=max(100, iterations // 4),
             **options,
@@ -195,7 +195,7 @@ class Study:
             "network": "LeNet",
             "seed": seed,
             "command": command,
-            "versions": running.versions(),
+            "versions": runs.versions(),
         }
         du.save(distilled, self.folder / file, dataset=dataset, **notes)
         return file

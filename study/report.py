@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import distill_utils as du
-from study import running
-from study.ablation import EXPERIMENTS as ABLATION
-from study.ablation import LEFT_OUT, TECHNIQUES
-from study.architectures import TESTED_ON
-from study.best_sets import (
+from study import runs
+from study.experiments.ablation import EXPERIMENTS as ABLATION
+from study.experiments.ablation import LEFT_OUT, TECHNIQUES
+from study.experiments.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
+from study.experiments.protocols import UNDISTILLED, label_robust_score
+from study.experiments.sets import (
     AUGMENTED,
     BEFORE,
     CONTROLS,
@@ -34,10 +35,8 @@ from study.best_sets import (
     TRANSFERRED,
     protocol,
 )  # fmt: skip
-from study.controls import UNDISTILLED
-from study.decoding import stored_floats
-from study.evaluation import label_robust_score
-from study.paper import DISTILLED_FOR, INITIALIZATIONS, SWEEPS, sweep_name
+from study.methods.architectures import TESTED_ON
+from study.methods.decoders import stored_floats
 from study.records import RESULTS, Results, Study, read_metadata
 
 
@@ -630,7 +629,7 @@ def write_readme(path: Path, paper: Results, best: Results) -> None:
     """Puts the headline table into the README, between its markers."""
     before, _, rest = path.read_text().partition(MARKERS[0])
     _, _, after = rest.partition(MARKERS[1])
-    with running.write_safely(path) as partial:
+    with runs.write_safely(path) as partial:
         partial.write_text(
             "\n\n".join([before + MARKERS[0], headline_table(paper, best), MARKERS[1] + after])
         )
@@ -887,7 +886,7 @@ def write_report(part: str, results: Results) -> None:
         f"Written by `python -m study {part}` from the tables in this folder. {hours}",
     ]
     text += tables(part, results)
-    with running.write_safely(results.folder / "summary.md") as path:
+    with runs.write_safely(results.folder / "summary.md") as path:
         path.write_text("\n\n".join(text) + "\n")
     for draw in FIGURES[part]:
         figure = draw(results)

@@ -22,8 +22,9 @@ import torch.distributed as dist
 import tyro
 
 import distill_utils as du
-from study import running, truncation
-from study.parametrizations import multi_formation
+from study import runs
+from study.methods import truncation
+from study.methods.decoders import multi_formation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +152,9 @@ def check(options: Options) -> None:
         alone,
         f"checkpointed={options.checkpointed}: does not go with --window; leave one of them out",
     )
-    running.require_writable("output", options.output)
+    runs.require_writable("output", options.output)
     if options.checkpoint is not None:
-        running.require_writable("checkpoint", options.checkpoint)
+        runs.require_writable("checkpoint", options.checkpoint)
         same = options.checkpoint.resolve() == options.output.resolve()
         du.require(
             not same, f"checkpoint='{options.checkpoint}': is the output as well; name another file"
@@ -230,7 +231,7 @@ def make_unroll(options: Options) -> Callable:
     )
 
 
-def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) -> running.Run:
+def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) -> runs.Run:
     """The run, ready to start or to resume."""
     names = (
         "iterations",
@@ -242,7 +243,7 @@ def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) ->
     )
     names += ("checkpoint", "validate_every", "validation_networks", "progress")
     chosen = {name: getattr(options, name) for name in names}
-    return running.Run(
+    return runs.Run(
         make_distilled_set(options, dataset),
         dataset,
         make_network,
@@ -255,26 +256,26 @@ def make_run(options: Options, dataset: du.Dataset, make_network: du.Factory) ->
 def distill(options: Options) -> int:
     """Distills and, in the first process, writes and tests the set; returns the exit status."""
     check(options)
-    with several_processes(options.device) as device, running.locked("output", options.output):
+    with several_processes(options.device) as device, runs.locked("output", options.output):
         dataset, fixed = load_dataset(options, device), options.fixed_initialization
         make_network = du.LeNet if fixed is None else du.fixed_initialization(du.LeNet, seed=fixed)
         run = make_run(options, dataset, make_network)
         try:
             run.run()
             require_finite(run.distilled)
-        except running.Interrupted:
+        except runs.Interrupted:
             save(options, run, options.output)
             report(f"{options.output}: interrupted, written {progress(run)}")
             return 130
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}; {save_diverged(options, run)}") from error
         save(options, run, options.output)
-        if running.process_rank()[0] == 0:
+        if runs.process_rank()[0] == 0:
             return test(options, run, make_network)
     return 0
 
 
-def test(options: Options, run: running.Run, make_network: du.Factory) -> int:
+def test(options: Options, run: runs.Run, make_network: du.Factory) -> int:
     """Prints the accuracy of the set, which is written already; returns the exit status."""
     networks = options.test_networks if options.fixed_initialization is None else 1
     distilled, split = run.distilled, run.dataset.test
@@ -287,22 +288,22 @@ def test(options: Options, run: running.Run, make_network: du.Factory) -> int:
     return 0
 
 
-def save(options: Options, run: running.Run, path: Path) -> None:
+def save(options: Options, run: runs.Run, path: Path) -> None:
     """Writes the set, in the first process alone, and reads it again before it takes the place of an older file. Where
     the disk refuses, the set goes to the temporary folder, and an OSError says so."""
-    if running.process_rank()[0] > 0:
+    if runs.process_rank()[0] > 0:
         return
-    processes = running.process_rank()[1]
+    processes = runs.process_rank()[1]
     runner = f"torchrun --nproc-per-node={processes}" if "LOCAL_RANK" in os.environ else "python"
     fixed = options.fixed_initialization
     notes = {
         "network": "LeNet", "initialization": "random" if fixed is None else f"fixed, seed {fixed}",
         "seed": options.seed,
         "command": f"{runner} -m study.train {shlex.join(sys.argv[1:])}",
-        "versions": running.versions(),
+        "versions": runs.versions(),
     }  # fmt: skip
     try:
-        with running.write_safely(path) as partial:
+        with runs.write_safely(path) as partial:
             du.save(run.distilled, partial, dataset=run.dataset, **notes)
             du.load(partial)
     except OSError as error:
@@ -312,7 +313,7 @@ def save(options: Options, run: running.Run, path: Path) -> None:
         raise OSError(f"output='{path}': cannot be written ({error.strerror}); {place}") from error
 
 
-def save_diverged(options: Options, run: running.Run) -> str:
+def save_diverged(options: Options, run: runs.Run) -> str:
     """Writes what diverged training leaves beside the output, whose sound set it must not replace; tells where."""
     path = options.output.with_name(
         f"{options.output.name.removesuffix('.safetensors')}.diverged.safetensors"
@@ -333,13 +334,13 @@ def require_finite(distilled: du.DistilledSet) -> None:
         )
 
 
-def progress(run: running.Run) -> str:
+def progress(run: runs.Run) -> str:
     return f"after {run.iteration} of {run.iterations} iterations"
 
 
 def report(text: str) -> None:
     """Prints a line, in the first process alone."""
-    if running.process_rank()[0] == 0:
+    if runs.process_rank()[0] == 0:
         print(text, flush=True)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import distill_utils as du
-from study.parametrizations import multi_formation
+from study.methods.decoders import multi_formation
 from tests.conftest import make_decoder
 
 SETTINGS = {"iterations": 3, "batch_size": 8, "validate_every": 2, "progress": False}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study.parametrizations import multi_formation
+from study.methods.decoders import multi_formation
 from tests.conftest import make_decoder
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import distill_utils as du
-from study.architectures import MLP
-from study.decoding import stored_floats
-from study.evaluation import train_from_scratch
+from study.experiments.protocols import train_from_scratch
+from study.methods.architectures import MLP
+from study.methods.decoders import stored_floats
 
 FOLDER = Path(du.__file__).with_name("distilled")
 SCHEDULES = [

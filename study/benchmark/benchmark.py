@@ -26,12 +26,12 @@ import tyro
 from torch import nn
 
 import distill_utils as du
-from study import running
-from study.architectures import ConvNet
+from study import runs
 from study.benchmark import rivals
-from study.parametrizations import multi_formation
+from study.methods.architectures import ConvNet
+from study.methods.decoders import multi_formation
+from study.methods.truncation import Checkpointed
 from study.report import markdown_table
-from study.truncation import Checkpointed
 
 TOLERANCE = 1e-3  # of a gradient's norm
 # what a method takes: set, networks, real batch
@@ -257,7 +257,7 @@ def work_in_a_job(rank: int, count: int, networks: int, folder: str) -> None:
     for _ in range(6):
         unroll = seconds(run.compute_gradient)
         torch.distributed.barrier()
-        found.append([unroll, seconds(running.average_over_processes, run, 0.0, False)])
+        found.append([unroll, seconds(runs.average_over_processes, run, 0.0, False)])
     medians = torch.tensor(found[1:]).median(0).values
     torch.distributed.all_reduce(medians, torch.distributed.ReduceOp.MAX)
     if rank == 0:

@@ -23,7 +23,7 @@ import tyro
 from nbclient import NotebookClient
 
 import distill_utils as du
-from study import running
+from study import runs
 from study.benchmark import benchmark
 from study.benchmark.benchmark import (
     TOLERANCE,
@@ -32,7 +32,7 @@ from study.benchmark.benchmark import (
     make_problem,
     seconds,
 )
-from study.evaluation import train_from_scratch
+from study.experiments.protocols import train_from_scratch
 from study.report import markdown_table
 
 SCHEDULE, SCRATCH = "mnist-ipc1-mf2-50updates", "mnist-ipc10-compressed"
@@ -59,13 +59,11 @@ def continue_elsewhere(dataset: du.Dataset, cpu: du.Dataset) -> str:
             du.DistilledSet(*du.initialize(cpu, "real", steps=3)).to(each.train.images.device)
             for each in (dataset, cpu)
         ]
-        run = running.Run(sets[0], dataset, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
+        run = runs.Run(sets[0], dataset, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
         for _ in range(10):
             run.step()
         run.validate()
-        history = running.distill(
-            sets[1], cpu, du.LeNet, checkpoint=Path(folder, "run.pt"), **options
-        )
+        history = runs.distill(sets[1], cpu, du.LeNet, checkpoint=Path(folder, "run.pt"), **options)
     assert len(history.loss) == 20, "the run did not continue"
     return f"loss {history.loss[0]:.2f} before, {history.loss[-1]:.2f} after"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import distill_utils as du
-from study import ablation
+from study.experiments import ablation
 from study.records import Results
 from study.tests.small import small_study
 

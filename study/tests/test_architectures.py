@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import distill_utils as du
-from study.architectures import TESTED_ON
+from study.methods.architectures import TESTED_ON
 
 
 @pytest.fixture(scope="module")

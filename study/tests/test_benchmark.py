@@ -7,7 +7,7 @@ import torch
 
 import distill_utils as du
 from study.benchmark import benchmark, devices, rivals
-from study.truncation import Checkpointed
+from study.methods.truncation import Checkpointed
 
 RIVALS = (
     "higher_loop", "functional_loop", "functional_ensemble", "step_products", "forward_over_reverse",

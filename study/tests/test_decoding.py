@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import distill_utils as du
-from study.decoding import count_codes, fit_decoder, stored_floats, teach, train_teacher
+from study.methods.decoders import count_codes, fit_decoder, stored_floats, teach, train_teacher
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import distill_utils as du
-from study import running
-from study.truncation import NetworkPool
+from study import runs
+from study.methods.truncation import NetworkPool
 from tests.conftest import Smooth, make_toy
 
 KILLS = int(os.environ.get("KILLS", 10))
@@ -32,9 +32,9 @@ def work(folder: Path, *, iterations: int = 60, unroll: NetworkPool | None = Non
     torch.set_num_threads(1)  # another number may add in another order
     toy, options = make_toy(), {**OPTIONS, "iterations": iterations, "validate_every": 5}
     distilled, unroll = make_set(toy), unroll or NetworkPool(3, window=2)
-    running.distill(distilled, toy, Smooth, unroll=unroll, checkpoint=folder / "run.pt", **options)
+    runs.distill(distilled, toy, Smooth, unroll=unroll, checkpoint=folder / "run.pt", **options)
     output = folder / "set.safetensors"
-    with running.locked("output", output), running.write_safely(output) as path:
+    with runs.locked("output", output), runs.write_safely(output) as path:
         du.save(distilled, path, dataset=toy)
     return (folder / "set.safetensors").read_bytes()
 
@@ -92,8 +92,7 @@ def test_a_job_with_a_killed_rank_resumes_to_the_same_file(tmp_path, dying):
     with pytest.raises(ENDS):
         torch.multiprocessing.spawn(work_together, (tmp_path / "killed", dying), nprocs=2)
     assert (
-        len(running.read_checkpoint(tmp_path / "killed" / "run.pt")["state"]["history"]["loss"])
-        == 5
+        len(runs.read_checkpoint(tmp_path / "killed" / "run.pt")["state"]["history"]["loss"]) == 5
     )
     torch.multiprocessing.spawn(work_together, (tmp_path / "killed", None), nprocs=2)
     paths = (tmp_path / name / "set.safetensors" for name in ("whole", "killed"))
@@ -125,7 +124,7 @@ def test_no_damaged_file_is_read(undisturbed_folder, tmp_path, kind, seed):
     if path.read_bytes() == content:  # zeros where zeros were
         path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"no checkpoint of distill|cannot load a distilled set"):
-        running.read_checkpoint(path) if kind == "run.pt" else du.load(path)
+        runs.read_checkpoint(path) if kind == "run.pt" else du.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +137,8 @@ def undisturbed_folder(tmp_path_factory) -> Path:
 # --------------------------------------------------------------------------------- two runs, one file
 HOLD = """
 import sys, time
-from study import running
-with running.locked("checkpoint", sys.argv[1]):
+from study import runs
+with runs.locked("checkpoint", sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -167,7 +166,7 @@ def test_a_second_run_with_the_same_checkpoint_is_refused_until_the_first_is_gon
     work(tmp_path, iterations=1)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["run.pt", "set.safetensors"]
     with (
-        running.locked("output", path),
+        runs.locked("output", path),
         pytest.raises(ValueError, match=rf"output='{path}': process {os.getpid()} on"),
     ):
-        running.locked("output", path).__enter__()
+        runs.locked("output", path).__enter__()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import distill_utils as du
-from study.matching import feature_distance, gradient_distance, match
+from study.methods.matching import feature_distance, gradient_distance, match
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study import controls, paper, report
+from study import report
+from study.experiments import paper
+from study.experiments import protocols as controls
 from study.records import Results
 from study.tests.small import small_study
 

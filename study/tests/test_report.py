@@ -9,7 +9,9 @@ import pytest
 
 import distill_utils as du
 from study import __main__ as command
-from study import ablation, best_sets, paper, report
+from study import report
+from study.experiments import ablation, paper
+from study.experiments import sets as best_sets
 from study.records import RESULTS, TABLES, Results
 
 DISTILLED = Path(du.__file__).with_name("distilled")

@@ -13,7 +13,8 @@ import pytest
 
 import distill_utils as du
 from study import __main__ as command
-from study import paper, records, report
+from study import records, report
+from study.experiments import paper
 from study.tests.small import small_study
 
 ROOT = Path(du.__file__).parent

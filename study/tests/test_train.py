@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import distill_utils as du
-from study import running, train, truncation
+from study import runs, train
+from study.methods import truncation
 from study.records import read_metadata
 
 ROOT = Path(du.__file__).parent
@@ -54,7 +55,7 @@ def test_help_explains_every_option(capsys):
 def test_defaults_are_those_of_the_library():
     defaults = {each.name: each.default for each in fields(train.Options)}
     compared = []
-    for function in (du.DistilledSet, running.Run):
+    for function in (du.DistilledSet, runs.Run):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not parameter.empty and defaults.get(name) is not None:
                 assert defaults[name] == parameter.default, name
@@ -228,13 +229,13 @@ def test_diverged_training_leaves_the_output_alone(tmp_path, capsys):
 
 
 def test_values_that_are_not_finite_are_never_written(tmp_path, monkeypatch, capsys):
-    finish = running.Run.run
+    finish = runs.Run.run
 
     def diverge(run):
         finish(run)
         run.distilled.images.data[0, 0] = math.inf  # in the last step, where no gradient follows
 
-    monkeypatch.setattr(running.Run, "run", diverge)
+    monkeypatch.setattr(runs.Run, "run", diverge)
     output = tmp_path / "set.safetensors"
     assert run_here(output, "--iterations", 1) == 1
     error = capsys.readouterr().err
@@ -295,9 +296,7 @@ def start(folder: Path, line: list[str]) -> subprocess.Popen:
         options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
         process = subprocess.Popen(line, stderr=errors, stdout=printed, **options)
     path = folder / "run.pt"
-    while not (
-        path.exists() and len(running.read_checkpoint(path)["state"]["history"]["loss"]) >= 5
-    ):
+    while not (path.exists() and len(runs.read_checkpoint(path)["state"]["history"]["loss"]) >= 5):
         assert process.poll() is None, (folder / "errors").read_text()
         time.sleep(0.01)
     return process
@@ -306,12 +305,12 @@ def start(folder: Path, line: list[str]) -> subprocess.Popen:
 def finish_here(folder: Path, *, more: int = 3) -> list[float]:
     """Goes on, in this process, with a run of 5,000 iterations as if it had but a few to go; returns its losses."""
     checkpoint, output = folder / "run.pt", folder / "set.safetensors"
-    content = running.read_checkpoint(checkpoint)
+    content = runs.read_checkpoint(checkpoint)
     losses = content["state"]["history"]["loss"]
     content["settings"]["iterations"] = str(len(losses) + more)
-    running.write_checkpoint(checkpoint, content)
+    runs.write_checkpoint(checkpoint, content)
     assert run_here(output, "--checkpoint", checkpoint, "--iterations", len(losses) + more) == 0
-    after = running.read_checkpoint(checkpoint)["state"]["history"]["loss"]
+    after = runs.read_checkpoint(checkpoint)["state"]["history"]["loss"]
     assert len(after) == len(losses) + more
     assert after[: len(losses)] == losses
     assert du.load(output).iterations == len(after)
@@ -336,7 +335,7 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, monkeypatch, capsys):
     assert f"{output}: interrupted, written after 7 of 5000 iterations" in said.out
     assert said.err == ""
     assert du.load(output).iterations == 7
-    images = running.read_checkpoint(checkpoint)["state"]["distilled"]["images"]
+    images = runs.read_checkpoint(checkpoint)["state"]["distilled"]["images"]
     assert torch.equal(du.load(output).images, images)
     finish_here(tmp_path)
 
@@ -352,7 +351,7 @@ def test_torchrun_passes_ctrl_c_on_and_one_process_finishes_the_run(tmp_path):
         job.terminate()
     printed = (tmp_path / "printed").read_text()
     assert printed.count("interrupted, written after") == 1, "the first process alone writes"
-    done = len(running.read_checkpoint(tmp_path / "run.pt")["state"]["history"]["loss"])
+    done = len(runs.read_checkpoint(tmp_path / "run.pt")["state"]["history"]["loss"])
     kept = read_metadata(tmp_path / "set.safetensors")
     assert kept["iterations"] == done
     assert kept["command"].startswith("torchrun --nproc-per-node=2 -m study.train --dataset digits")

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import distill_utils as du
-from study.truncation import Checkpointed, InnerRun, NetworkPool, RandomWindow
+from study.methods.truncation import Checkpointed, InnerRun, NetworkPool, RandomWindow
 from tests.conftest import Smooth
 
 INNERS = {"SGD": {}, "momentum": {"momentum": 0.9}, "Adam": {"optimizer": "Adam"}}

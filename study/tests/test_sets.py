@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import distill_utils as du
-from study import best_sets, controls, report
+from study import report
+from study.experiments import protocols as controls
+from study.experiments import sets as best_sets
+from study.methods.truncation import NetworkPool
 from study.records import RESULTS, Results
 from study.tests.small import small_study
-from study.truncation import NetworkPool
 
 
 def test_the_experiments_add_what_the_report_reads(tmp_path, monkeypatch):

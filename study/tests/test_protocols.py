@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study.evaluation import hard_labels, label_robust_score, train_from_scratch, with_schedule_of
-from study.parametrizations import LowResolution, low_resolution
+from study.experiments.protocols import (
+    hard_labels,
+    label_robust_score,
+    train_from_scratch,
+    with_schedule_of,
+)
+from study.methods.decoders import LowResolution, low_resolution
 
 
 class Normalized(nn.Sequential):

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 
 import distill_utils as du
-from study.parametrizations import augment, augmented, low_resolution, multi_formation
+from study.methods.decoders import augment, augmented, low_resolution, multi_formation
+from study.methods.truncation import NetworkPool, RandomWindow
 from study.records import Study
-from study.truncation import NetworkPool, RandomWindow
 
 PAPER = {
     "init": "noise",

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import distill_utils as du
-from study.evaluation import train_from_scratch
-from study.parametrizations import (
+from study.experiments.protocols import train_from_scratch
+from study.methods.decoders import (
     Augment,
     LowResolution,
     augment,

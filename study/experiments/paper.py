@@ -16,9 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 import distill_utils as du
-from study import running
-from study.controls import learn_step_sizes, schedule_controls
-from study.evaluation import validation_accuracy
+from study import runs
+from study.experiments.protocols import learn_step_sizes, schedule_controls, validation_accuracy
 from study.records import Results, Study
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
@@ -266,7 +265,7 @@ def pretrain(study: Study, dataset: du.Dataset) -> tuple[list[nn.Module], list[n
                 network.load_state_dict(saved["weights"])
             else:
                 du.train(network, dataset.train, **PRETRAINING[dataset.name])
-                with running.write_safely(path) as partial_file:
+                with runs.write_safely(path) as partial_file:
                     torch.save({"made": made, "weights": network.state_dict()}, partial_file)
         networks.append(network)
     return networks[:training], networks[training:]

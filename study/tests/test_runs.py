@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study import running
-from study.parametrizations import augmented
-from study.truncation import Checkpointed, NetworkPool, RandomWindow
+from study import runs
+from study.methods.decoders import augmented
+from study.methods.truncation import Checkpointed, NetworkPool, RandomWindow
 from tests.conftest import Smooth, make_toy
 
 OPTIONS = {"batch_size": 16, "progress": False, "seed": 3}
@@ -59,15 +59,15 @@ def press_ctrl_c() -> None:
 
 def interrupt(distilled: du.DistilledSet, dataset: du.Dataset, at: int, **options) -> None:
     """Runs until Ctrl-C in iteration number `at`, counted from 1."""
-    with pytest.raises(running.Interrupted):  # noqa: PT012
+    with pytest.raises(runs.Interrupted):  # noqa: PT012
         unroll = Failing(at, press_ctrl_c)
-        running.distill(distilled, dataset, Smooth, unroll=unroll, **{**OPTIONS, **options})
+        runs.distill(distilled, dataset, Smooth, unroll=unroll, **{**OPTIONS, **options})
 
 
 def test_it_does_what_the_core_does(toy, tmp_path):
     expected, found = make_set(toy), make_set(toy)
     history = du.distill(expected, toy, Smooth, **OPTIONS)
-    again = running.distill(found, toy, Smooth, checkpoint=tmp_path / "run.pt", **OPTIONS)
+    again = runs.distill(found, toy, Smooth, checkpoint=tmp_path / "run.pt", **OPTIONS)
     assert_same(expected, found)
     assert equal(vars(again), vars(history))
 
@@ -102,12 +102,12 @@ def test_a_killed_run_resumes_to_the_bit_identical_result(
 
     def run(make_network=Smooth, **more) -> tuple[du.DistilledSet, du.History]:
         distilled, more = make_set(toy, **options), {"unroll": make_unroll(), **OPTIONS, **more}
-        return distilled, running.distill(distilled, toy, make_network, **more)
+        return distilled, runs.distill(distilled, toy, make_network, **more)
 
     whole, expected = run()
     with pytest.raises(Killed):
         run(dying, checkpoint=path)
-    assert len(running.read_checkpoint(path)["state"]["history"]["loss"]) == reached
+    assert len(runs.read_checkpoint(path)["state"]["history"]["loss"]) == reached
     for _ in range(2):  # a finished run is returned as it is
         resumed, history = run(checkpoint=path)
         assert_same(resumed, whole)
@@ -120,10 +120,10 @@ def test_a_set_that_decodes_at_random_resumes_bit_identically(toy, tmp_path):
 
     whole, resumed, path = make_augmented(), make_augmented(), tmp_path / "run.pt"
     options = {**OPTIONS, "unroll": Failing(0, None)}
-    expected = running.distill(whole, toy, Smooth, **options)
+    expected = runs.distill(whole, toy, Smooth, **options)
     interrupt(make_augmented(), toy, 7, checkpoint=path)
     torch.rand(3)  # whatever else takes random numbers
-    history = running.distill(resumed, toy, Smooth, checkpoint=path, **options)
+    history = runs.distill(resumed, toy, Smooth, checkpoint=path, **options)
     assert history.loss == expected.loss
     assert_same(resumed, whole)
 
@@ -132,7 +132,7 @@ def test_a_set_that_decodes_at_random_resumes_bit_identically(toy, tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     path, toy = tmp_path_factory.mktemp("finished") / "run.pt", make_toy()
-    running.distill(make_set(toy), toy, Smooth, checkpoint=path, **SHORT)
+    runs.distill(make_set(toy), toy, Smooth, checkpoint=path, **SHORT)
     return path
 
 
@@ -207,7 +207,7 @@ def test_the_checkpoint_of_another_run_is_refused(toy, finished, named, change):
     before = finished.read_bytes()
     message = rf"belongs to another run \((.*; )?{named}.*name another file or delete it"
     with pytest.raises(ValueError, match=message):
-        running.distill(distilled, dataset, network, checkpoint=finished, **{**SHORT, **change})
+        runs.distill(distilled, dataset, network, checkpoint=finished, **{**SHORT, **change})
     assert finished.read_bytes() == before
 
 
@@ -215,7 +215,7 @@ def test_the_checkpoint_of_another_run_is_refused(toy, finished, named, change):
 def test_a_fixed_initialization_is_told_from_random_ones_whatever_its_seed(toy):
     def start(make_network):
         run = du.Distillation(make_set(toy), toy, make_network, iterations=1)
-        return running.describe_start(run)["initialization"]
+        return runs.describe_start(run)["initialization"]
 
     with du.seeded(1811, 10959):
         seed = torch.initial_seed()  # the first network is that of a fixed initialization
@@ -228,23 +228,23 @@ def test_inner_loops_are_told_apart():
         return lambda network, distilled: du.unroll(network, distilled) if factor else None
 
     descriptions = [
-        running.describe(each)
+        runs.describe(each)
         for each in (du.unroll, local(1), local(2), lambda *given: du.unroll(*given), Failing(1, None),
                      functools.partial(du.unroll, differentiable=True), RandomWindow(2), RandomWindow(3))
     ]  # fmt: skip
     assert len(set(descriptions)) == len(descriptions)
     assert not any("0x" in each for each in descriptions)
-    assert running.describe(local(1)) == running.describe(local(1))
+    assert runs.describe(local(1)) == runs.describe(local(1))
     used = RandomWindow(2)
     used.calls = 7
-    assert running.describe(used) == running.describe(RandomWindow(2))
+    assert runs.describe(used) == runs.describe(RandomWindow(2))
 
 
 def test_numbers_of_any_kind_are_the_same_option(toy, finished):
     np = pytest.importorskip("numpy")
     options = {"iterations": np.int64(2), "batch_size": np.int32(16)}
     options = {**SHORT, **options, "learning_rate": np.float64(0.03)}
-    history = running.distill(make_set(toy), toy, Smooth, checkpoint=finished, **options)
+    history = runs.distill(make_set(toy), toy, Smooth, checkpoint=finished, **options)
     assert len(history.loss) == 2
 
 
@@ -257,7 +257,7 @@ def test_a_rounding_of_mean_and_images_is_the_same_run(toy, finished):
     rounded = dataclasses.replace(toy, mean=toy.mean * (1 + 1e-7), **splits)
     distilled = make_set(toy)
     distilled.images.data *= 1 + 1e-7
-    history = running.distill(distilled, rounded, Smooth, checkpoint=finished, **SHORT)
+    history = runs.distill(distilled, rounded, Smooth, checkpoint=finished, **SHORT)
     assert len(history.loss) == 2
 
 
@@ -272,24 +272,24 @@ def flip(position: float):
 
 def without(*names: str):
     def damage(data: bytes) -> bytes:
-        content = running.unpack(data[len(running.HEADER) + 32 :])
+        content = runs.unpack(data[len(runs.HEADER) + 32 :])
         inner = content
         for name in names[:-1]:
             inner = inner[name]
         del inner[names[-1]]
-        return sign(running.pack(content))
+        return sign(runs.pack(content))
 
     return damage
 
 
 def sign(payload: bytes) -> bytes:
-    return running.HEADER + running.hashlib.sha256(payload).digest() + payload
+    return runs.HEADER + runs.hashlib.sha256(payload).digest() + payload
 
 
 DAMAGES = {
     "empty": lambda data: b"",
     "one byte": lambda data: data[:1],
-    "header alone": lambda data: data[: len(running.HEADER)],
+    "header alone": lambda data: data[: len(runs.HEADER)],
     "cut in half": lambda data: data[: len(data) // 2],
     "last byte lost": lambda data: data[:-1],
     "a byte more": lambda data: data + b"\0",
@@ -301,12 +301,12 @@ DAMAGES = {
     "a pickle": lambda data: pickle.dumps({"settings": {}, "state": {}}),
     "a signed pickle of code": lambda data: sign(pickle.dumps(os.getcwd, 2)),
     "signed junk": lambda data: sign(b"junk"),
-    "signed list": lambda data: sign(running.pack([1, 2])),
+    "signed list": lambda data: sign(runs.pack([1, 2])),
     "no settings": without("settings"),
     "no state": without("state"),
     "no unroll": without("unroll"),
     "no set": without("state", "distilled"),
-    "another torch file": lambda data: running.pack({"weights": torch.ones(3)}),
+    "another torch file": lambda data: runs.pack({"weights": torch.ones(3)}),
 }
 
 
@@ -318,7 +318,7 @@ def test_every_damage_is_refused(toy, finished, tmp_path, damage):
     distilled = make_set(toy)
     message = r"run.pt': no checkpoint of distill; delete it or name another"
     with pytest.raises(ValueError, match=message):
-        running.distill(distilled, toy, Smooth, checkpoint=path, **SHORT)
+        runs.distill(distilled, toy, Smooth, checkpoint=path, **SHORT)
     assert_same(distilled, make_set(toy))
 
 
@@ -326,17 +326,17 @@ def test_every_damage_is_refused(toy, finished, tmp_path, damage):
 def test_ctrl_c_finishes_the_iteration_and_the_same_call_goes_on(toy, tmp_path, capsys):
     path, whole, distilled = tmp_path / "run.pt", make_set(toy), make_set(toy)
     options = {**OPTIONS, "unroll": Failing(0, None)}
-    expected = running.distill(whole, toy, Smooth, **options)
+    expected = runs.distill(whole, toy, Smooth, **options)
     interrupt(distilled, toy, 7, checkpoint=path)
     remedy = f"the same call, with checkpoint='{path}', goes on from there."
     assert capsys.readouterr().out == f"Interrupted after 7 of 12 iterations: {remedy}\n"
-    assert len(running.read_checkpoint(path)["state"]["history"]["loss"]) == 7
+    assert len(runs.read_checkpoint(path)["state"]["history"]["loss"]) == 7
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     data = path.read_bytes()
     for given in (make_set(toy), distilled):  # in a notebook, it is the one that was interrupted
         path.write_bytes(data)
-        history = running.distill(given, toy, Smooth, checkpoint=path, **options)
+        history = runs.distill(given, toy, Smooth, checkpoint=path, **options)
         assert_same(given, whole)
         assert equal(vars(history), vars(expected))
 
@@ -349,7 +349,7 @@ def test_ctrl_c_without_a_checkpoint_keeps_what_was_learned_and_stops_a_loop(toy
         for seed, distilled in enumerate(sets):
             seen.append(seed)
             unroll = Failing(4 if seed == 1 else 0, press_ctrl_c)
-            running.distill(distilled, toy, Smooth, unroll=unroll, **OPTIONS)
+            runs.distill(distilled, toy, Smooth, unroll=unroll, **OPTIONS)
 
     with pytest.raises(KeyboardInterrupt):
         loop()
@@ -361,7 +361,7 @@ def test_ctrl_c_without_a_checkpoint_keeps_what_was_learned_and_stops_a_loop(toy
 
 def test_ctrl_c_in_the_last_iteration_or_validation_is_not_lost(toy, tmp_path):
     path, whole = tmp_path / "run.pt", make_set(toy)
-    running.distill(whole, toy, Smooth, **OPTIONS)
+    runs.distill(whole, toy, Smooth, **OPTIONS)
     interrupt(make_set(toy), toy, 12, checkpoint=path)
     drawn = []
 
@@ -373,11 +373,11 @@ def test_ctrl_c_in_the_last_iteration_or_validation_is_not_lost(toy, tmp_path):
 
     options = {**OPTIONS, "checkpoint": path, "unroll": Failing(0, None)}
     distilled = make_set(toy)
-    with pytest.raises(running.Interrupted):
-        running.distill(distilled, toy, interrupting, **options)
+    with pytest.raises(runs.Interrupted):
+        runs.distill(distilled, toy, interrupting, **options)
     assert_same(distilled, whole)
-    assert running.read_checkpoint(path)["state"]["history"]["iterations"] == [0, 5, 10, 12]
-    assert len(running.distill(make_set(toy), toy, Smooth, **options).loss) == 12
+    assert runs.read_checkpoint(path)["state"]["history"]["iterations"] == [0, 5, 10, 12]
+    assert len(runs.distill(make_set(toy), toy, Smooth, **options).loss) == 12
 
 
 def test_a_second_ctrl_c_interrupts_at_once(toy, tmp_path):
@@ -392,26 +392,26 @@ def test_a_second_ctrl_c_interrupts_at_once(toy, tmp_path):
 
     options = {**OPTIONS, "unroll": Failing(7, twice), "checkpoint": path}
     with pytest.raises(KeyboardInterrupt) as caught:
-        running.distill(make_set(toy), toy, Smooth, **options)
+        runs.distill(make_set(toy), toy, Smooth, **options)
     assert reached == [1]
-    assert not isinstance(caught.value, running.Interrupted)
-    assert len(running.read_checkpoint(path)["state"]["history"]["loss"]) == 5
+    assert not isinstance(caught.value, runs.Interrupted)
+    assert len(runs.read_checkpoint(path)["state"]["history"]["loss"]) == 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
 
 
 def test_it_runs_outside_the_main_thread(toy, tmp_path):
     distilled, options = make_set(toy), {**OPTIONS, "checkpoint": tmp_path / "run.pt"}
-    thread = threading.Thread(target=running.distill, args=(distilled, toy, Smooth), kwargs=options)
+    thread = threading.Thread(target=runs.distill, args=(distilled, toy, Smooth), kwargs=options)
     thread.start()
     thread.join()
-    assert len(running.read_checkpoint(tmp_path / "run.pt")["state"]["history"]["loss"]) == 12
+    assert len(runs.read_checkpoint(tmp_path / "run.pt")["state"]["history"]["loss"]) == 12
 
 
 def test_a_process_that_ignores_ctrl_c_keeps_ignoring_it(toy):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a job in the background of a script
     try:
-        running.distill(make_set(toy), toy, Smooth, unroll=Failing(2, press_ctrl_c), **OPTIONS)
+        runs.distill(make_set(toy), toy, Smooth, unroll=Failing(2, press_ctrl_c), **OPTIONS)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
@@ -428,13 +428,13 @@ def test_divergence_leaves_the_last_good_iteration_and_checkpoint(toy, tmp_path)
     cleanup = []
     options = {**OPTIONS, "checkpoint": path}
     with pytest.raises(FloatingPointError, match="not finite at iteration 7"):
-        running.distill(distilled, toy, Smooth, unroll=Failing(8, diverge), **options)
+        runs.distill(distilled, toy, Smooth, unroll=Failing(8, diverge), **options)
     assert_same(distilled, good)
-    assert len(running.read_checkpoint(path)["state"]["history"]["loss"]) == 5
+    assert len(runs.read_checkpoint(path)["state"]["history"]["loss"]) == 5
     cleanup[0]()
     whole, resumed = make_set(toy), make_set(toy)
-    running.distill(whole, toy, Smooth, **OPTIONS)
-    running.distill(resumed, toy, Smooth, unroll=Failing(0, None), **options)
+    runs.distill(whole, toy, Smooth, **OPTIONS)
+    runs.distill(resumed, toy, Smooth, unroll=Failing(0, None), **options)
     assert_same(resumed, whole)
 
 
@@ -442,12 +442,12 @@ def test_divergence_leaves_the_last_good_iteration_and_checkpoint(toy, tmp_path)
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path, synced, sync = tmp_path / "new" / "file", [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (synced.append(file), sync(file)))
-    with running.write_safely(path) as partial:
+    with runs.write_safely(path) as partial:
         assert partial.parent == path.parent
         partial.write_text("first")
     assert path.read_text() == "first"
     assert len(synced) == 2, "the file and its folder"
-    with pytest.raises(Killed), running.write_safely(path) as partial:  # noqa: PT012
+    with pytest.raises(Killed), runs.write_safely(path) as partial:  # noqa: PT012
         partial.write_text("half of it")
         raise Killed
     assert path.read_text() == "first"
@@ -467,7 +467,7 @@ def test_checkpoints_that_cannot_be_written_are_named_before_any_work(toy, tmp_p
     }
     for path, reason in refused.items():
         with pytest.raises(ValueError, match=f"checkpoint='{path}': {reason}"):
-            running.distill(make_set(toy), toy, no_network, checkpoint=path, **OPTIONS)
+            runs.distill(make_set(toy), toy, no_network, checkpoint=path, **OPTIONS)
 
 
 @pytest.mark.fault("bad calls named")
@@ -478,7 +478,7 @@ def test_bad_options_are_named_before_any_work(toy, tmp_path, name):
 
     options = {**OPTIONS, "checkpoint": tmp_path / "run.pt", name: 0}
     with pytest.raises(ValueError, match=f"{name}=0: give a whole number"):
-        running.distill(make_set(toy), toy, no_network, **options)
+        runs.distill(make_set(toy), toy, no_network, **options)
 
 
 # ----------------------------------------------------------------------------------------- processes
@@ -493,14 +493,14 @@ def in_a_job(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     toy, kept = make_toy(), {}
     once = make_set(toy, seed=rank)  # all start from what the first one has
-    running.distill(once, toy, Smooth, iterations=1, **JOB)
+    runs.distill(once, toy, Smooth, iterations=1, **JOB)
     kept["gradients"] = [once.images.grad, once.raw_step_sizes.grad]
 
     evaluate, evaluated = du.evaluate, []
     du.evaluate = lambda *given, **options: evaluated.append(1) or evaluate(*given, **options)
     whole, pool = make_set(toy), NetworkPool(3, window=2)
     options = {**JOB, "iterations": 6, "checkpoint": folder / "whole.pt"}
-    history = running.distill(whole, toy, Smooth, unroll=pool, **options)
+    history = runs.distill(whole, toy, Smooth, unroll=pool, **options)
     kept |= {"set": whole.state_dict(), "history": vars(history), "pool": pool.state_dict()}
     kept["evaluated"] = len(evaluated)
 
@@ -518,22 +518,22 @@ def in_a_job(rank: int, folder: Path) -> None:
 
     Interrupting.__qualname__ = "NetworkPool"
     try:
-        running.distill(half, toy, Smooth, unroll=Interrupting(3, window=2), **options)
-    except running.Interrupted as error:
+        runs.distill(half, toy, Smooth, unroll=Interrupting(3, window=2), **options)
+    except runs.Interrupted as error:
         kept["interrupted"] = str(error)
     torch.distributed.barrier()
     (folder / "of_two.pt").write_bytes((folder / "half.pt").read_bytes())
     pool, resumed = NetworkPool(3, window=2), make_set(toy)
-    running.distill(resumed, toy, Smooth, unroll=pool, **options)
+    runs.distill(resumed, toy, Smooth, unroll=pool, **options)
     kept |= {"resumed": resumed.state_dict(), "resumed pool": pool.state_dict()}
 
     try:
-        running.distill(make_set(toy), toy, Smooth, unroll=pool, **{**options, "seed": 4})
+        runs.distill(make_set(toy), toy, Smooth, unroll=pool, **{**options, "seed": 4})
     except ValueError as error:
         kept["refused"] = str(error)
     try:  # only the first process finds it
         options = {**JOB, "iterations": 2, "checkpoint": folder if rank == 0 else None}
-        running.distill(make_set(toy), toy, Smooth, **options)
+        runs.distill(make_set(toy), toy, Smooth, **options)
     except ValueError as error:
         kept["folder"] = str(error)
     torch.distributed.barrier()
@@ -604,7 +604,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(job, kept, tmp_path):
     path, distilled, pool = tmp_path / "run.pt", make_set(make_toy()), NetworkPool(3, window=2)
     path.write_bytes((job / "of_two.pt").read_bytes())
     options = {**JOB, "iterations": 6, "checkpoint": path, "unroll": pool}
-    history = running.distill(distilled, make_toy(), Smooth, **options)
+    history = runs.distill(distilled, make_toy(), Smooth, **options)
     assert len(history.loss) == 6
     assert history.loss[:3] == kept[0]["history"]["loss"][:3]
     assert history.iterations == [0, 2, 4, 6]
@@ -615,7 +615,7 @@ def test_a_process_without_a_saved_pool_starts_an_empty_one(job, monkeypatch):
     """A third process, here without the other two."""
     pool = NetworkPool(3, window=2)
     options = {**JOB, "iterations": 6, "unroll": pool, "checkpoint": job / "of_two.pt"}
-    run = running.Run(make_set(make_toy()), make_toy(), Smooth, **options)
+    run = runs.Run(make_set(make_toy()), make_toy(), Smooth, **options)
     for rank, calls in ((2, 0), (1, 3)):
         run.rank = rank
         run.resume()

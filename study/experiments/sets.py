@@ -11,14 +11,20 @@ from functools import partial
 from torch import nn
 
 import distill_utils as du
-from study.architectures import TESTED_ON, ConvNet
-from study.controls import UNDISTILLED, compare_schedules, label_kinds, schedule_controls
-from study.decoding import fit_decoder, teach, train_teacher
-from study.evaluation import hard_labels, train_from_scratch, with_schedule_of
-from study.matching import feature_distance, gradient_distance, match
-from study.parametrizations import multi_formation
+from study.experiments.protocols import (
+    UNDISTILLED,
+    compare_schedules,
+    hard_labels,
+    label_kinds,
+    schedule_controls,
+    train_from_scratch,
+    with_schedule_of,
+)
+from study.methods.architectures import TESTED_ON, ConvNet
+from study.methods.decoders import fit_decoder, multi_formation, teach, train_teacher
+from study.methods.matching import feature_distance, gradient_distance, match
+from study.methods.truncation import NetworkPool
 from study.records import Results, Study
-from study.truncation import NetworkPool
 
 SOFT = {"optimizer": "Adam", "soft_labels": True, "step_size": 0.003}
 SMOOTHED = {**SOFT, "label_smoothing": 0.1}
