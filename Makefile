@@ -2,12 +2,11 @@
 # make lab              open the tutorial in JupyterLab
 # make tutorial-seeds   for maintainers: run the tutorial from five seeds, for the table that its test reads
 # make test             lint, then every test
-# make test-faults      kill runs, damage files and make bad calls, and count what comes of it
 # make test-device      test the device named by DEVICE, as DEVICE=cuda, and print what the method costs there
 # make study            every experiment that study/results does not hold yet
 # make study-notebooks  run the two notebooks of the study into out/
 # make export           the distilled sets as Parquet files and tensors, for use without this project
-# make benchmark        time the meta-gradient beside other ways to compute it; about an hour
+# make benchmark        time the meta-gradient beside other ways to compute it; about 15 minutes
 # make release          for maintainers: refresh the stored outputs, figures, tables and cards in the repository
 #
 # Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in the folder DATA_ROOT
@@ -19,7 +18,7 @@ BIN := $(VENV)/bin
 RUN_NOTEBOOK := $(BIN)/jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False --output-dir out
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: notebook lab tutorial-seeds test test-faults test-device study study-notebooks export benchmark release clean
+.PHONY: notebook lab tutorial-seeds test test-device study study-notebooks export benchmark release clean
 
 notebook: $(VENV)/installed
 	$(RUN_NOTEBOOK) distill.ipynb
@@ -38,12 +37,8 @@ test: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test-faults: $(VENV)/installed
-	KILLS=50 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m fault
-
 test-device: $(VENV)/installed
-	$(BIN)/python -m pytest -q -k on_the_device tests/test_devices.py study/tests/test_truncation.py
-	$(BIN)/python -m study.benchmark.devices --device $(or $(DEVICE),auto)
+	DEVICE=$(or $(DEVICE),auto) $(BIN)/python -m pytest -q -s -k device tests/test_devices.py study/tests/test_truncation.py
 
 study: $(VENV)/installed
 	$(BIN)/python -m study
@@ -64,7 +59,7 @@ release: notebook study-notebooks
 	cp out/distill.ipynb distill.ipynb
 	cp out/paper.ipynb out/beyond.ipynb study/
 	cp out/evolution.gif figures/
-	$(BIN)/python -m study --report
+	$(BIN)/python -m study.results
 
 clean:
 	rm -rf $(VENV) out

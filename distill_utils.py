@@ -9,14 +9,15 @@ before any softmax. *Normalized* images are `(pixel - mean) / std`, of pixels in
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
 import math
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
+Device = torch.device | str
 # `higher` adds eps before the bias correction, torch.optim.Adam after it. With torch's eps of 1e-8,
 # the slope of an update explodes where a gradient is 0.
 ADAM = {"betas": [0.9, 0.999], "eps": 1e-4}
@@ -288,8 +290,7 @@ class DistilledSet(nn.Module):
         sound = images.dim() == 5 and 0 not in images.shape and images.isfinite().all()
         require(sound, f"images: {list(images.shape)}; give finite numbers [steps, n, c, h, w]")
         require_counts(epochs=epochs)
-        sound = 0 < label_smoothing <= 1
-        require(sound, f"label_smoothing={label_smoothing}: give more than 0 and at most 1")
+        require(0 < label_smoothing <= 1, f"{label_smoothing=}: give more than 0 and at most 1")
         sound = optimizer == "SGD" or (optimizer == "Adam" and momentum == 0)
         require(sound, f"{optimizer=}, {momentum=}: give SGD, or Adam and no momentum")
         self.inner = {"epochs": int(epochs), "optimizer": optimizer, "momentum": float(momentum)}
@@ -317,8 +318,7 @@ class DistilledSet(nn.Module):
     @property
     def labels(self) -> Tensor:
         """[steps, n, classes], probabilities."""
-        soft = hasattr(self, "label_scores")
-        return self.label_scores.softmax(-1) if soft else self.hard_labels
+        return self.label_scores.softmax(-1) if hasattr(self, "label_scores") else self.hard_labels
 
     @property
     def step_sizes(self) -> Tensor:
@@ -331,8 +331,7 @@ class DistilledSet(nn.Module):
         sound = sizes.shape in ((), (self.updates,)) and (sizes > 0).all() & sizes.isfinite().all()
         require(sound, f"step_size={step_size}: give a positive number, or [{self.updates}]")
         # The inverse of softplus, log(exp(s) - 1), in the form that does not overflow for large s.
-        raw = sizes + (-torch.expm1(-sizes)).log()
-        self.raw_step_sizes.detach().copy_(raw)
+        self.raw_step_sizes.detach().copy_(sizes + (-torch.expm1(-sizes)).log())
         return self
 
     def decode(self) -> Tensor:
@@ -493,7 +492,7 @@ class Stack(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):  # attention that can be differentiated twice
             if len(self.networks) > 1:
                 run = partial(functional_call, self.networks[0], args=(images,))
-                with contextlib.suppress(RuntimeError):  # vmap cannot run, say, recurrent networks
+                with suppress(RuntimeError):  # vmap cannot run, say, recurrent networks
                     return torch.vmap(run, randomness="different")(weights)
             scores = []
             for i, network in enumerate(self.networks):
@@ -519,7 +518,7 @@ def describe(network: nn.Module) -> str:
     for module in network.modules():
         for name, value in vars(module).items():
             plain = callable(value) or isinstance(value, (int, float, str, tuple, type(None)))
-            plain = plain or (isinstance(value, dict) and not value)
+            plain |= isinstance(value, dict) and not value
             if name not in state:  # what is not plain may differ, say tensors, lists and hooks
                 parts.append([type(module), name, value if plain else id(value)])
     return str(parts)
@@ -572,8 +571,7 @@ def check_network(
             )
             found = zip([*names, "images"], slopes, strict=False)
             lost = ", ".join(name for name, slope in found if slope is None)
-            remedy = "freeze what is unused by requires_grad_(False)"
-            require(not lost, f"make_network: no gradient reaches {lost}; {remedy}")
+            require(not lost, f"make_network: no gradient reaches {lost}; freeze what is unused")
             if differentiable:
                 direction = [*map(torch.randn_like, slopes)]
                 # `grad` passes over a missing derivative that `backward` raises an error for.
@@ -593,7 +591,7 @@ def check_network(
         for module, mode in modes.items():
             module.training = mode
     same = (others - scores).abs().max() <= 1e-3 * scores.abs().max()
-    same = same and all(map(torch.equal, buffers, ensemble.buffers()))
+    same &= all(map(torch.equal, buffers, ensemble.buffers()))
     found = "make_network: a network changes when it is tested or called again"
     require(same, f"{found}; leave out dropout, take GroupNorm for batch norm, keep no state")
 
@@ -619,9 +617,7 @@ class Dataset:
     classes: int
 
 
-def make_dataset(
-    name: str, train: Pair, test: Pair, *, validation: int, device: torch.device | str
-) -> Dataset:
+def make_dataset(name: str, train: Pair, test: Pair, *, validation: int, device: Device) -> Dataset:
     """Makes a `Dataset` of pairs: pixels [n, c, h, w] in 0..1, integer labels [n]. A fixed shuffle,
     the same in every run, moves `validation` images out of `train`. Raises ValueError where shapes
     or ranges are wrong."""
@@ -630,17 +626,17 @@ def make_dataset(
         sound = pixels.ndim == 4 and len(pixels) > 0 and labels.shape == pixels.shape[:1]
         found = f"{part}: pixels {list(pixels.shape)}, labels {list(labels.shape)}"
         require(sound, f"{found}; give [n, c, h, w] and [n]")
-        low, high = float(pixels.min()), float(pixels.max())
-        sound = 0 <= low < high <= 1
-        require(sound, f"{part}: pixels lie in {low:g}..{high:g}; scale them to 0..1")
+        low, high = pixels.aminmax()
+        require(
+            0 <= low < high <= 1, f"{part}: pixels lie in {low:g}..{high:g}; scale them to 0..1"
+        )
     classes = labels.unique()
     sound = classes.tolist() == [*range(len(classes))]
     require(sound, f"train: labels {classes.tolist()[:12]}; number the classes 0, 1, 2, ...")
     sound = torch.isin(test[1], classes).all()
     require(sound, f"test: labels {test[1].unique().tolist()[:12]}; give those of train")
     require_counts(validation=validation)
-    sound = validation < len(labels)
-    require(sound, f"{validation=}: give fewer than the {len(labels)} training images")
+    require(validation < len(labels), f"{validation=}: give fewer than the {len(labels)} of train")
     mean, std = float(pixels.float().mean()), float(pixels.float().std())
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     parts = [(pixels[rows], labels[rows]) for rows in (order[validation:], order[:validation])]
@@ -651,21 +647,21 @@ def make_dataset(
     return Dataset(name, mean, std, *splits, len(classes))
 
 
-def load_mnist(root: str | Path, *, device: torch.device | str, name: str = "MNIST") -> Dataset:
+def load_mnist(root: str | Path, *, device: Device, name: str = "MNIST") -> Dataset:
     """Loads MNIST, FashionMNIST or KMNIST from the folder `root`, or downloads it there: 55,000
     training, 5,000 validation and 10,000 test images. Raises FileNotFoundError, with the remedy,
     where neither works."""
     sound = name in ("MNIST", "FashionMNIST", "KMNIST")
     require(sound, f"{name=}: give MNIST, FashionMNIST or KMNIST")
-    load, known = getattr(torchvision.datasets, name), Path(root).exists()
+    load, new = getattr(torchvision.datasets, name), not Path(root).exists()
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(patience or 30)  # seconds; torchvision would wait forever
     try:
         parts = [load(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # damaged files raise errors of many kinds
         raw = Path(root, name, "raw")
-        for folder in (raw, raw.parent, *([] if known else [Path(root)])):  # which torchvision made
-            with contextlib.suppress(OSError):  # it is not empty, or not there
+        for folder in [raw, raw.parent] + [Path(root)] * new:  # which torchvision made
+            with suppress(OSError):  # it is not empty, or not there
                 folder.rmdir()
         remedy = f"delete {raw} and connect to the internet once, or put {name}'s four files there"
         raise FileNotFoundError(f"root='{root}': {name} is missing or damaged; {remedy}") from error
@@ -675,7 +671,7 @@ def load_mnist(root: str | Path, *, device: torch.device | str, name: str = "MNI
     return make_dataset(name, train, test, validation=len(train[1]) // 12, device=device)
 
 
-def load_digits(*, device: torch.device | str) -> Dataset:
+def load_digits(*, device: Device) -> Dataset:
     """Scikit-learn's 8×8 digits, enlarged to 20×20 in 28×28: 1,297 training, 200 validation and
     300 test images."""
     from sklearn import datasets, model_selection
@@ -744,9 +740,11 @@ def best_constant_step_size(
     step_sizes: Sequence[float] = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5),
 ) -> DistilledSet:
     """A copy of the set with the one step size that has the best validation accuracy."""
-    split, options = dataset.validation, {"networks": networks, "seed": VALIDATION_SEED}
-    candidates = [copy.deepcopy(distilled).set_step_sizes(size) for size in step_sizes]
-    return max(candidates, key=lambda each: evaluate(each, split, make_network, **options).mean)
+    options = {"networks": networks, "seed": VALIDATION_SEED}
+    sets = [copy.deepcopy(distilled).set_step_sizes(size) for size in step_sizes]
+    return max(
+        sets, key=lambda each: evaluate(each, dataset.validation, make_network, **options).mean
+    )
 
 
 def train_on(network: nn.Module, distilled: DistilledSet) -> nn.Module:
@@ -756,7 +754,7 @@ def train_on(network: nn.Module, distilled: DistilledSet) -> nn.Module:
     check_network(lambda: copy.deepcopy(network), images, classes, differentiable=False)
     (trained,) = unroll(network, distilled, differentiable=False)
     network, weights = copy.deepcopy(network), trained.weights()
-    for name, value in [*network.named_parameters(), *network.named_buffers()]:
+    for name, value in network.named_parameters():  # buffers stay: see check_network
         value.data.copy_(weights[name][0])
     return network
 
@@ -793,24 +791,44 @@ def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes
     tensors |= decoder.state_dict(prefix="decoder.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     finite = all(tensor.isfinite().all() for tensor in tensors.values())
-    require(
-        finite, f"path='{path}': the set has values that are not finite, so load would refuse it"
-    )
-    metadata = {**notes, "dataset": dataset.name, "mean": dataset.mean, "std": dataset.std}
-    metadata |= {"iterations": int(distilled.iterations), "inner": distilled.inner, "Adam": ADAM}
-    metadata |= {
+    require(finite, f"path='{path}': the set has values that are not finite, and load refuses them")
+    metadata = {
+        **notes,
+        "dataset": dataset.name,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "iterations": int(distilled.iterations),
+        "inner": distilled.inner,
+        "Adam": ADAM,
         "decoder": type(decoder).__name__,
         "decoder_options": getattr(decoder, "options", {}),
     }
     metadata["sha256"] = hashlib.sha256(to_bytes(tensors, metadata)).hexdigest()
-    unfinished = Path(f"{path}.partial")
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(to_bytes(tensors, metadata))
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, and puts that file in the place of `path` once it is
+    whole and on the disk; where writing fails, `path` stays as it was."""
+    unfinished = Path(f"{path}.{os.getpid()}.partial")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_bytes(to_bytes(tensors, metadata))
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        with open(unfinished, "rb+") as file:
+            os.fsync(file)
+        unfinished.replace(path)
+        with suppress(OSError):  # not every system opens folders
+            folder = os.open(unfinished.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load(
-    name: str | Path, *, device: torch.device | str = "cpu", decoder: nn.Module | None = None
+    name: str | Path, *, device: Device = "cpu", decoder: nn.Module | None = None
 ) -> DistilledSet:
     """Loads a set of the folder `distilled` by its name, or what `save` wrote by its path.
 
@@ -835,8 +853,8 @@ def load(
         require(type(decoder).__name__ == kind, f"its decoder is of the class {kind}")
         images, labels, step_size = (tensors.pop(key) for key in TENSORS)
         nn.ModuleDict({"decoder": decoder}).load_state_dict(tensors)
-        options = {"decoder": decoder, "step_size": step_size, **metadata["inner"]}
-        distilled = DistilledSet(images, labels, **options)
+        inner = metadata["inner"]
+        distilled = DistilledSet(images, labels, decoder=decoder, step_size=step_size, **inner)
         distilled.iterations += metadata["iterations"]
     except Exception as error:  # damaged files raise errors of many kinds
         others = "" if Path(path).exists() else f"; there are {', '.join(sorted(known))}"
@@ -861,10 +879,11 @@ def draw_images(
     """Draws images [..., c, h, w], gray or in color, in rows on a matplotlib axis. Black and white
     are the values `limits`, by default the 1st and the 99th percentile."""
     images = images.detach().cpu().float().flatten(0, -4)
-    low, high = limits or np.nanpercentile(images.numpy(), [1, 99]).tolist()
-    low, high = (low, high) if low < high else images.aminmax()
-    options = {"padding": 1, "normalize": True, "value_range": (low, high), "pad_value": 0.5}
-    grid = torchvision.utils.make_grid(images, columns, **options)
+    low, high = limits or np.nanpercentile(images.numpy(), [1, 99])
+    limits = (low, high) if low < high else images.aminmax()
+    grid = torchvision.utils.make_grid(
+        images, columns, padding=1, normalize=True, value_range=limits, pad_value=0.5
+    )
     axis.imshow(grid.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
     axis.set(title=title, xticks=[], yticks=[])
 
@@ -894,7 +913,7 @@ def pick_device(device: str = "auto") -> torch.device:
         raise ValueError(f"{device=}: not on this machine; {remedy}") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
     """Runs a block from a seed, or one derived from several numbers, and restores the random state
     afterwards."""

@@ -1,41 +1,44 @@
-"""Small data, smooth networks, and the devices on which the tests run, one of them emulated."""
+"""Small data, a smooth network, a small set, plain training, notebooks, and the devices on which
+tests run, one of them emulated."""
 
 import contextlib
 import os
-import time
-from collections import defaultdict
+import re
 from pathlib import Path
 
 import matplotlib as mpl
+import nbclient
+import nbformat
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import distill_utils as du
 
+ROOT = Path(du.__file__).parent
 mpl.use("Agg")  # no windows
 
 
 @pytest.fixture(autouse=True)
 def _restore_defaults():
-    """A failing test must not pass its random state or number type on to the next."""
+    """A test must not pass its random state or number type on to the next."""
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-# ------------------------------------------------------------------------------------------- toys
+# ------------------------------------------------------------------------------- data and networks
 def make_toy(device: torch.device | str = "cpu") -> du.Dataset:
-    """Three well-separated classes of 4×4 images, float32: 60 for training, 30 each for validation and test."""
+    """Three well-separated classes of 4×4 images: 60 for training, 30 each for validation and test."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(90) % 3
     pixels = 0.2 * torch.rand(90, 1, 4, 4, generator=generator)
     pixels[torch.arange(90), 0, labels] += 0.7  # class k has row k bright
-    return du.make_dataset(
-        "toy", (pixels, labels), (pixels[:30], labels[:30]), validation=30, device=device
-    )
+    pairs = (pixels, labels), (pixels[:30], labels[:30])
+    return du.make_dataset("toy", *pairs, validation=30, device=device)
 
 
 @pytest.fixture
@@ -43,8 +46,17 @@ def toy() -> du.Dataset:
     return make_toy()
 
 
+@pytest.fixture(scope="session")
+def mnist_root() -> str:
+    """The folder that holds MNIST; without it, MNIST tests are skipped, but never in CI."""
+    root = Path(os.environ.get("DATA_ROOT", "data"))
+    if not (root / "MNIST" / "raw").is_dir():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no MNIST in DATA_ROOT={root}")
+    return str(root.resolve())
+
+
 class Smooth(nn.Sequential):
-    """A network without the kinks of ReLU and max-pooling, where finite differences hold."""
+    """A network for the toy data without the kinks of ReLU, so that finite differences hold."""
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -55,36 +67,19 @@ def smooth() -> type[nn.Module]:
     return Smooth
 
 
-@pytest.fixture(scope="session")
-def mnist_root() -> str:
-    """The folder that holds MNIST; without it, MNIST tests are skipped, but never in CI."""
-    root = os.environ.get("DATA_ROOT", "data")
-    if not (Path(root) / "MNIST" / "raw").is_dir():
-        message = f"no MNIST in DATA_ROOT={root}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return str(Path(root).resolve())
+def train_plainly(network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
+    """Trains a network in place with a set's schedule, by torch's own SGD, and returns it."""
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=1.0, momentum=distilled.inner["momentum"])
+    for images, labels, step_size in distilled.schedule():
+        optimizer.param_groups[0]["lr"] = step_size.item()
+        optimizer.zero_grad()
+        F.cross_entropy(network(images.detach()), labels.detach()).backward()
+        optimizer.step()
+    return network
 
 
-# What a notebook is run with: an MNIST of a few thousand images, or a download that fails as without a network.
-FEWER_IMAGES = """
-import dataclasses
-whole = du.load_mnist
-def load_mnist(*arguments, **options):
-    mnist = whole(*arguments, **options)
-    parts = {name: getattr(mnist, name) for name in ("train", "validation", "test")}
-    parts = {name: du.Split(part.images[:2000], part.labels[:2000]) for name, part in parts.items()}
-    return dataclasses.replace(mnist, **parts)
-du.load_mnist = load_mnist
-"""
-NO_NETWORK = """
-import torchvision
-def fail(self): raise RuntimeError("no network")
-torchvision.datasets.MNIST.download = fail
-"""
-
-
+# ------------------------------------------------------------------------------------------- sets
 def make_decoder() -> du.CodeDecoder:
     """Turns codes of 5 numbers into images [1, 4, 4]."""
     decoder = du.CodeDecoder(5, [4, 3], [1, 4, 4])
@@ -93,126 +88,128 @@ def make_decoder() -> du.CodeDecoder:
     return decoder
 
 
-# ----------------------------------------------------------------------------------------- faults
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Times and weighs each test marked `fault(kind)`, for the summary; a refusal must be quick and small."""
-    marker = item.get_closest_marker("fault")
-    if marker is None:
-        return (yield)
-    status, before, begin = Path("/proc/self/status"), 0.0, time.perf_counter()
-
-    def read_gigabytes(name: str) -> float:
-        return (
-            int(status.read_text().split(f"{name}:")[1].split()[0]) / 1e6
-            if status.exists()
-            else 0.0
-        )
-
-    if status.exists():  # on Linux
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-        before = read_gigabytes("VmRSS")
-    measured = {}
-    try:
-        result = yield
-    finally:
-        measured |= {"seconds": time.perf_counter() - begin, "gigabytes": read_gigabytes("VmHWM")}
-        item.user_properties.append((marker.args[0], measured))
-    if marker.args[0] in ("bad calls named", "damaged files refused"):
-        assert measured["seconds"] < 5, measured
-        assert measured["gigabytes"] - before < 1, measured
-    return result
+def make_set(dataset, kind="real", *, factor=1, decoded=False, **options) -> du.DistilledSet:
+    """A set of 2 steps and 2 epochs that starts from `kind`, in multi-formation where `factor` is
+    above 1; a `decoded` one holds random codes of toy images instead."""
+    images, labels = du.initialize(dataset, kind, steps=2, per_class=factor**2)
+    options = {"epochs": 2, "step_size": 0.1, **options}
+    if factor > 1:
+        options["decoder"] = du.MultiFormation(factor)
+        images = options["decoder"].pack(images)
+    if decoded:
+        with du.seeded(0):
+            images = torch.randn(2, labels.shape[1], 5, 1, 1).to(labels.device)
+            options["decoder"] = make_decoder().to(labels.device)
+    return du.DistilledSet(images, labels, **options)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Prints how many faults of each kind were met as they should be."""
-    found = defaultdict(list)
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, []):
-            for kind, measured in getattr(report, "user_properties", []):
-                if report.when == "call":
-                    found[kind].append(
-                        (outcome == "passed", measured["seconds"], measured["gigabytes"])
-                    )
-    for kind, tests in sorted(found.items()):
-        passed, seconds, gigabytes = zip(*tests, strict=True)
-        limits = f"slowest {max(seconds):.1f} s, peak memory {max(gigabytes):.2f} GB"
-        terminalreporter.write_line(f"{kind}: {sum(passed)} of {len(tests)}; {limits}")
+def assert_same(first: nn.Module, second: nn.Module) -> None:
+    """Two sets, or networks, hold the same numbers bit by bit."""
+    states = first.state_dict(), second.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# -------------------------------------------------------------------------------------- notebooks
+TINY = {"ITERATIONS": 2, "NETWORKS": 2, "EPOCHS": 1}  # by the last word of a parameter's name
+FEWER_IMAGES = """
+import dataclasses
+def fewer(mnist):
+    names = "train", "validation", "test"
+    splits = {name: du.Split(*(part[:2000] for part in getattr(mnist, name))) for name in names}
+    return dataclasses.replace(mnist, **splits)
+load, du.load_mnist = du.load_mnist, lambda *given, **options: fewer(load(*given, **options))
+"""
+NO_NETWORK = """
+import torchvision
+def fail(self): raise RuntimeError("no network")
+torchvision.datasets.MNIST.download = fail
+"""
+
+
+def run_notebook(path: Path, out: Path, mnist_root: str = "", *, folder: Path = ROOT) -> str:
+    """Runs a notebook in `folder` with tiny parameters, on 2,000 images of each split of MNIST, or
+    where that can be neither read nor downloaded; returns what it prints, without any warning."""
+    book = nbformat.read(path, as_version=4)
+    (cell,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
+    names = re.findall(r"^([A-Z_]+) = ", cell.source, re.MULTILINE)
+    tiny = {name: TINY[word] for name in names if (word := name.split("_")[-1]) in TINY}
+    values = {**tiny, "DEVICE": "cpu", "OUT": str(out), "DATA_ROOT": mnist_root or f"{out}/none"}
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    cell.source += FEWER_IMAGES if mnist_root else NO_NETWORK
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(book, timeout=600, resources=resources).execute()
+    text = read_outputs(book)
+    assert "Warning" not in text
+    return text
+
+
+def read_outputs(book: nbformat.NotebookNode) -> str:
+    """All text that a notebook's cells have printed or shown."""
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    shown = [value for output in outputs for value in output.get("data", {}).items()]
+    texts = [text for kind, text in shown if kind.startswith("text/")]
+    return "\n".join([output.get("text", "") for output in outputs] + texts)
+
+
+def stamp_files() -> set[tuple[Path, int]]:
+    """The repository's files and when they were written, to tell whether a run leaves them alone."""
+    patterns = "*", "distilled/**/*", "figures/**/*", "study/**/*"
+    paths = {path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
+    return {(path, path.stat().st_mtime_ns) for path in paths if "__pycache__" not in path.parts}
 
 
 # ---------------------------------------------------------------------------------------- devices
+def run_remotely(_, function, types, args=(), kwargs=None):
+    """Runs an operation on the values of remote tensors; RuntimeError where it mixes devices."""
+    name, kwargs = function._schema.name, kwargs or {}
+    operands, device = (args, kwargs), kwargs.get("device")
+    if name in ("aten::index", "aten::index_put_"):  # whose indices may be on the CPU
+        operands = args[0], [index for index in args[1] if isinstance(index, Remote)]
+    tensors = [leaf for leaf in tree_leaves(operands) if isinstance(leaf, Tensor)]
+    remote = any(isinstance(tensor, Remote) for tensor in tensors)
+    local = any(tensor.dim() > 0 and not isinstance(tensor, Remote) for tensor in tensors)
+    if remote and local and name not in ("aten::_to_copy", "aten::copy_"):
+        raise RuntimeError(f"{function}: expected all tensors to be on the same device")
+    goes_there = remote if device is None else torch.device(device).type == "meta"
+    options = kwargs if device is None else {**kwargs, "device": "cpu"}
+    values, options = tree_map(lambda x: x.local if isinstance(x, Remote) else x, (args, options))
+    result = function(*values, **options)
+    if function._schema.is_mutable and name.endswith("_"):
+        return args[0] if function._schema.returns else None
+    return tree_map(lambda x: Remote(x) if goes_there and isinstance(x, Tensor) else x, result)
+
+
 class Remote(Tensor):
-    """A tensor on an emulated accelerator, which PyTorch calls `meta`. Its values lie in main memory, but it refuses
-    what an accelerator refuses: operations with CPU tensors, conversion to NumPy and, as on Apple GPUs, float64."""
+    """A tensor on an emulated accelerator, which PyTorch calls `meta`. Its values lie in main
+    memory, but it refuses what an accelerator refuses: operations with CPU tensors, conversion to
+    NumPy and, as on Apple GPUs, float64."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_dispatch__ = classmethod(run_remotely)
 
     @staticmethod
     def __new__(cls, local: Tensor) -> "Remote":
         if local.dtype == torch.float64:
             raise TypeError("float64 on a device that has none")
-        layout = {
-            "strides": local.stride(),
-            "storage_offset": local.storage_offset(),
-            "dtype": local.dtype,
-        }
-        return Tensor._make_wrapper_subclass(cls, local.shape, device="meta", **layout)
+        layout = {"strides": local.stride(), "storage_offset": local.storage_offset()}
+        options = {"device": "meta", "dtype": local.dtype, **layout}
+        return Tensor._make_wrapper_subclass(cls, local.shape, **options)
 
     def __init__(self, local: Tensor) -> None:
         self.local = local
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return run_remotely(function, args, kwargs or {})
-
-
-def run_remotely(function, args, kwargs):
-    """Runs an operation on the values of remote tensors; raises RuntimeError where it mixes devices."""
-    copies = function._schema.name in ("aten::_to_copy", "aten::copy_")
-    # the indices may be on the CPU
-    indexes = function._schema.name in ("aten::index", "aten::index_put_")
-    tensors = [
-        leaf
-        for leaf in tree_leaves(args[:1] if indexes else (args, kwargs))
-        if isinstance(leaf, Tensor)
-    ]
-    if indexes:
-        tensors += [index for index in args[1] if isinstance(index, Remote)]
-    remote = [tensor for tensor in tensors if isinstance(tensor, Remote)]
-    if (
-        remote
-        and not copies
-        and any(tensor.dim() > 0 for tensor in tensors if not isinstance(tensor, Remote))
-    ):
-        raise RuntimeError(f"{function}: expected all tensors to be on the same device")
-
-    device = kwargs.get("device")
-    goes_there = bool(remote) if device is None else torch.device(device).type == "meta"
-    kwargs = kwargs if device is None else {**kwargs, "device": "cpu"}
-    local_args, local_kwargs = tree_map(
-        lambda leaf: leaf.local if isinstance(leaf, Remote) else leaf, (args, kwargs)
-    )
-    result = function(*local_args, **local_kwargs)
-    if function._schema.is_mutable and function._schema.name.endswith("_"):
-        return args[0] if function._schema.returns else None
-    return tree_map(
-        lambda leaf: Remote(leaf) if goes_there and isinstance(leaf, Tensor) else leaf, result
-    )
-
 
 class EmulatedAccelerator(TorchDispatchMode):
-    """Makes `device="meta"` an accelerator with values, also where tensors are created on it or moved to it."""
+    """Makes `device="meta"` an accelerator with values, also where tensors are created on it."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return run_remotely(function, args, kwargs or {})
-
-
-def devices() -> list[str]:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return ["cpu", *(name for name in there if there[name]), "emulated"]
+    __torch_dispatch__ = run_remotely
 
 
-@pytest.fixture(params=devices())
+HARDWARE = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+
+
+@pytest.fixture(params=["cpu", *HARDWARE, "emulated"])
 def device(request):
     """Every device of this machine, and an emulated accelerator."""
     emulated = request.param == "emulated"

@@ -2,14 +2,15 @@
 
     du.distill(distilled, dataset, du.LeNet, iterations=300, unroll=RandomWindow(25))
 
-An object belongs to one run: it counts its calls, and `state_dict` makes it part of a checkpoint.
+A window or a pool belongs to one run: it counts its calls, and `state_dict` makes it part of a checkpoint.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 
 import higher
 import torch
@@ -19,111 +20,44 @@ from torch.autograd.function import once_differentiable
 import distill_utils as du
 
 Update = tuple[Tensor, Tensor, Tensor]  # images [n, c, h, w], labels [n, classes], step size []
-# "done", "parameter/0", "buffer/scale", "moment/0/exp_avg", "moment/0/step", ...
-State = dict[str, Tensor | int]
+Moments = dict[int, dict[str, Tensor | int]]  # the inner optimizer's, for each parameter
+# Where training stands, without a graph: the ensemble's "weights" by their names, and "moments".
+State = dict[str, dict]
 
 
-class InnerRun:
-    """A network part-way through training on a distilled set.
+@torch.enable_grad()  # training takes gradients, even where the caller wants none
+def advance(
+    ensemble: nn.Module,
+    distilled: du.DistilledSet,
+    updates: Iterable[Update],
+    state: State | None = None,
+    *,
+    differentiable: bool = True,
+) -> tuple[nn.Module, Moments]:
+    """Trains a copy of an ensemble by `updates`, from `state` or else from its own weights.
 
-    Parameters, buffers and the optimizer's moments belong to the run; `network` itself stays as it is.
-
-    Args:
-        network: a network or an ensemble; with a state, its values do not matter.
-        distilled: the set, which makes the inner optimizer.
-        state: where to continue, from `state_dict`; without one, the run starts at the network's own values.
+    Returns the trained ensemble and the optimizer's moments, differentiable functions of the updates, of the moments
+    in `state`, and of the weights at the start, `trained.parameters(time=0)`.
     """
-
-    def __init__(
-        self, network: nn.Module, distilled: du.DistilledSet, state: State | None = None
-    ) -> None:
-        self.network, self.distilled = du.as_ensemble(network), distilled
-        network = self.network
-        if state is None:
-            values = {f"parameter/{i}": value for i, value in enumerate(network.parameters())}
-            values |= {f"buffer/{name}": value for name, value in network.named_buffers()}
-            state = {"done": 0, **{name: value.detach().clone() for name, value in values.items()}}
-        self.state: State = dict(state)
-        for i, parameter in enumerate(network.parameters()):
-            found, wanted = (
-                list(getattr(state.get(f"parameter/{i}"), "shape", [])),
-                list(parameter.shape),
-            )
-            du.require(
-                found == wanted,
-                f"state: parameter {i} has shape {found}; give a state of this network, {wanted}",
-            )
-
-    @property
-    def done(self) -> int:
-        """Updates made so far."""
-        return self.state["done"]
-
-    @torch.enable_grad()  # training takes gradients, even where the caller wants none
-    def advance(self, updates: Sequence[Update], *, differentiable: bool = True) -> nn.Module:
-        """Makes the given updates and returns the trained network, a differentiable function of them and of the state
-        that they start from. With `differentiable` off, no graph is kept."""
-        du.require(len(updates) > 0, "updates: none; give at least one, from distilled.schedule()")
-        trained, inner = self._patch(differentiable)
+    optimizer = distilled.make_optimizer(ensemble.parameters())
+    context = higher.innerloop_ctx(ensemble, optimizer, track_higher_grads=differentiable)
+    with context as (trained, optimizer):
+        if state is not None:
+            trained.load_state_dict(state["weights"])
+            optimizer.state[0].update({i: {**values} for i, values in state["moments"].items()})
         for images, labels, step_size in updates:
-            inner.step(du.cross_entropy(trained(images), labels), override={"lr": [step_size]})
-        self.state = {"done": self.done + len(updates), **read_state(trained, inner)}
-        if not differentiable:
-            self.state = self.state_dict()  # a buffer would keep its graph
-        return trained
-
-    def trained(self) -> nn.Module:
-        """The network as it is now, a differentiable function of the updates made so far."""
-        return self._patch(True)[0]
-
-    def state_dict(self) -> State:
-        """Detached tensors and the numbers of updates made; `torch.load` reads them with `weights_only`."""
-        return {
-            name: value.detach() if torch.is_tensor(value) else value
-            for name, value in self.state.items()
-        }
-
-    def _patch(
-        self, differentiable: bool
-    ) -> tuple[nn.Module, higher.optim.DifferentiableOptimizer]:
-        """A functional copy of the network, and of its optimizer, in the state of the run."""
-        optimizer = self.distilled.make_optimizer(self.network.parameters())
-        with higher.innerloop_ctx(self.network, optimizer, track_higher_grads=differentiable) as (
-            patched,
-            inner,
-        ):
-            parameters = [self.state[f"parameter/{i}"] for i in range(len(patched.fast_params))]
-            patched.update_params(
-                [value if value.requires_grad else leaf(value) for value in parameters]
-            )
-        for name, value in self.state.items():
-            kind, _, rest = name.partition("/")
-            if kind == "buffer":
-                module, _, buffer = rest.rpartition(".")
-                # as a forward may change it in place
-                setattr(patched.get_submodule(module), buffer, value.clone())
-            elif kind == "moment":
-                parameter, moment = rest.split("/")
-                inner.state[0][int(parameter)][moment] = value
-        return patched, inner
+            loss = du.cross_entropy(trained(images), labels)
+            optimizer.step(loss, override={"lr": [step_size]})
+    return trained, {**optimizer.state[0]}
 
 
-def leaf(value: Tensor) -> Tensor:
-    """The same values outside any graph, ready to be differentiated with respect to."""
-    return value.detach().requires_grad_()
-
-
-def read_state(trained: nn.Module, inner: higher.optim.DifferentiableOptimizer) -> State:
-    """Parameters, buffers and moments, as `InnerRun` names them."""
-    moments = {
-        f"moment/{i}/{name}": value for i, values in inner.state[0].items() for name, value in values.items()
-    }  # fmt: skip
-    return {
-        **{f"parameter/{i}": value for i, value in enumerate(trained.fast_params)},
-        # Copies, as later calls of the trained network, on real images, may change its own in place.
-        **{f"buffer/{name}": value.clone() for name, value in trained.named_buffers()},
-        **moments,
+def detach(trained: nn.Module, moments: Moments) -> State:
+    """The state that `advance` has reached; `torch.load` reads it with `weights_only`."""
+    detached = {
+        i: {name: x.detach() if torch.is_tensor(x) else x for name, x in values.items()}
+        for i, values in moments.items()
     }
+    return {"weights": trained.state_dict(), "moments": detached}
 
 
 @dataclass(eq=False)
@@ -135,12 +69,11 @@ class RandomWindow:
     Args:
         length: updates in the window, at most those of the set.
         seed: of the places, at least 0; call number k draws its own from the seed and k.
-
-    Raises ValueError for a window that is no whole number, trains nothing, or is longer than training.
     """
 
     length: int
-    seed: int = field(default=0, kw_only=True)
+    _: KW_ONLY
+    seed: int = 0
     calls: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,10 +82,12 @@ class RandomWindow:
 
     def __call__(self, network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
         first = self.place(distilled.updates)
-        updates, run = list(distilled.schedule()), InnerRun(network, distilled)
-        if first > 0:
-            run.advance(updates[:first], differentiable=False)
-        trained = run.advance(updates[first : first + self.length])
+        train, updates = (
+            partial(advance, du.as_ensemble(network), distilled),
+            [*distilled.schedule()],
+        )
+        state = detach(*train(updates[:first], differentiable=False))
+        trained, _ = train(updates[first : first + self.length], state)
         self.calls += 1
         return trained
 
@@ -181,12 +116,11 @@ class NetworkPool:
     Args:
         size: networks kept, or ensembles where an iteration has several networks.
         window: updates in a window; it divides those of the set.
-
-    Raises ValueError for a size or a window that is no whole number of at least 1, or does not divide the updates.
     """
 
     size: int
-    window: int = field(kw_only=True)
+    _: KW_ONLY
+    window: int
     calls: int = field(default=0, init=False, repr=False)
     states: list[State | None] = field(init=False, repr=False)
 
@@ -196,12 +130,15 @@ class NetworkPool:
 
     def __call__(self, network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
         slot, first = self.turn(distilled.updates)
-        updates = list(distilled.schedule())
-        run = InnerRun(network, distilled, self.states[slot] if first > 0 else None)
-        if run.done < first:  # the first turn of this slot, whose network starts part-way
-            run.advance(updates[:first], differentiable=False)
-        trained = run.advance(updates[first : first + self.window])
-        self.states[slot] = run.state_dict()
+        train, updates = (
+            partial(advance, du.as_ensemble(network), distilled),
+            [*distilled.schedule()],
+        )
+        state = self.states[slot] if first > 0 else None
+        if state is None:  # a new network, which starts part-way where the pool is new, too
+            state = detach(*train(updates[:first], differentiable=False))
+        trained, moments = train(updates[first : first + self.window], state)
+        self.states[slot] = detach(trained, moments)
         self.calls += 1
         return trained
 
@@ -218,10 +155,8 @@ class NetworkPool:
 
     def load_state_dict(self, state: dict) -> None:
         count = len(state["states"])
-        du.require(
-            count == self.size,
-            f"state: it has {count} networks; give that of a pool of size={self.size}",
-        )
+        remedy = f"give that of a pool of size={self.size}"
+        du.require(count == self.size, f"state: it has {count} networks; {remedy}")
         self.calls, self.states = state["calls"], list(state["states"])
 
 
@@ -233,8 +168,6 @@ class Checkpointed:
     the square root of the number of updates takes the least memory. The gradient differs in its last digits at most.
 
     `torch.utils.checkpoint` does not replace it: each inner gradient would run the whole segment again.
-
-    Raises ValueError for a segment that is no whole number of at least 1.
     """
 
     segment: int
@@ -243,68 +176,52 @@ class Checkpointed:
         du.require_counts(segment=self.segment)
 
     def __call__(self, network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
-        network, updates = du.as_ensemble(network), list(distilled.schedule())
-        state = InnerRun(network, distilled).state
-        for first in range(0, len(updates), self.segment):
-            state = run_segment(network, distilled, state, updates[first : first + self.segment])
-        return InnerRun(network, distilled, state).trained()
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
+        train = partial(advance, du.as_ensemble(network), distilled)
+        content = distilled.decode(), distilled.labels, distilled.step_sizes
+        trained, _ = train([])
+        trained.update_params(Segments.apply(train, self.segment, *content))
+        return trained
 
 
-def run_segment(
-    network: nn.Module, distilled: du.DistilledSet, state: State, updates: Sequence[Update]
-) -> State:  # fmt: skip
-    """The state after `updates`, of which nothing is stored but their start."""
-    names = [name for name, value in state.items() if torch.is_tensor(value)]
-    ends: State = {}  # set by each run: the names and numbers at its end, where moments are that the start has not
-
-    def run(inputs: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
-        tensors = iter(inputs)
-        start = {**state, **dict(zip(names, tensors, strict=False))}
-        segment = InnerRun(network, distilled, start)
-        segment.advance(
-            list(zip(tensors, tensors, tensors, strict=True)), differentiable=differentiable
-        )
-        ends.update(segment.state_dict())
-        return [value for value in segment.state.values() if torch.is_tensor(value)]
-
-    found = iter(Segment.apply(run, *(state[name] for name in names), *itertools.chain(*updates)))
-    return {name: next(found) if torch.is_tensor(value) else value for name, value in ends.items()}
-
-
-class Segment(torch.autograd.Function):
-    """Some updates of the inner loop, of which only the inputs are stored; the backward pass runs them again."""
+class Segments(torch.autograd.Function):
+    """Training in segments, each of which the backward pass runs again from its stored start."""
 
     @staticmethod
-    def forward(
-        ctx, run: Callable[[Sequence[Tensor], bool], list[Tensor]], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.run = run
-        ctx.save_for_backward(*inputs)
-        ends = run([tensor.detach() for tensor in inputs], False)
-        ctx.mark_non_differentiable(*(end for end in ends if not end.is_floating_point()))
-        return tuple(ends)
+    def forward(ctx, train: Callable, size: int, *content: Tensor) -> tuple[Tensor, ...]:
+        """Turns images, labels and step sizes of a distilled set into the trained weights."""
+        ctx.save_for_backward(*content)
+        ctx.train, ctx.size, ctx.starts = train, size, []
+        trained, moments = train([], differentiable=False)
+        for segment in split_schedule(size, *content):
+            ctx.starts.append(detach(trained, moments))
+            trained, moments = train(segment, ctx.starts[-1], differentiable=False)
+        return tuple(weight.detach() for weight in trained.parameters())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        inputs = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        ends = ctx.run(inputs, True)
-        reached = [
-            (end, gradient)
-            for end, gradient in zip(ends, gradients, strict=True)
-            if end.requires_grad
-        ]
-        sources = [tensor for tensor in inputs if tensor.requires_grad]
-        outputs, gradients = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(outputs, sources, gradients, allow_unused=True))
-        return None, *(next(found) if need else None for need in needed)
+        content = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        slopes = [torch.zeros_like(tensor) for tensor in content]
+        segments = split_schedule(ctx.size, *content)
+        for start, segment in reversed([*zip(ctx.starts, segments, strict=True)]):
+            moments = [moment.requires_grad_() for moment in tensors_of(start["moments"])]
+            trained, final = ctx.train(segment, start)
+            begin = [*trained.parameters(time=0), *moments]
+            # No gradient reaches the moments after the last segment.
+            end = [*trained.parameters(), *tensors_of(final)][: len(gradients)]
+            found = torch.autograd.grad(end, [*begin, *content], gradients, materialize_grads=True)
+            gradients = found[: len(begin)]
+            slopes = [sum(pair) for pair in zip(slopes, found[len(begin) :], strict=True)]
+        return None, None, *slopes
+
+
+@torch.enable_grad()
+def split_schedule(size: int, images: Tensor, labels: Tensor, step_sizes: Tensor) -> list:
+    """Segments of `size` updates, the last of which may be shorter; the order is that of `distilled.schedule()`."""
+    updates = [*zip(itertools.cycle(images), itertools.cycle(labels), step_sizes, strict=False)]
+    return [updates[first : first + size] for first in range(0, len(updates), size)]
+
+
+def tensors_of(moments: Moments) -> list[Tensor]:
+    """All but the optimizer's own counts of updates."""
+    return [x for values in moments.values() for x in values.values() if torch.is_tensor(x)]

@@ -1,150 +1,139 @@
-"""Sets with decoders: evaluation, training from scratch, saving and loading all see the same images."""
+"""Decoders: what networks see of stored images, what moves when they are augmented, and what a set costs."""
+
+import math
+from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import distill_utils as du
-from study.experiments.protocols import train_from_scratch
 from study.methods.decoders import (
-    Augment,
-    LowResolution,
     augment,
     augmented,
+    fit_decoder,
     low_resolution,
     multi_formation,
+    stored_floats,
+    teach,
+    train_teacher,
 )
 
 
-class Linear(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(16, 3))
+@pytest.mark.parametrize(
+    ("parametrize", "shape"),
+    [
+        (low_resolution, (1, 4, 1, 14, 14)),
+        (partial(multi_formation, factor=2), (1, 1, 1, 28, 28)),
+    ],
+)
+def test_smooth_images_come_back_from_fewer_pixels(parametrize, shape):
+    ramps = torch.linspace(-1, 1, 28) * torch.tensor([1.0, 0.5, -0.5, -1.0]).view(1, 4, 1, 1, 1)
+    ramps = ramps.expand(1, 4, 1, 28, 28)
+    distilled = parametrize(ramps, torch.eye(4)[None])
+    assert distilled.images.shape == shape
+    torch.testing.assert_close(distilled.decode(), ramps, atol=0.06, rtol=0)
+    distilled.decode().square().sum().backward()
+    assert distilled.images.grad.abs().min() > 0
 
 
-@pytest.fixture
-def low(toy) -> du.DistilledSet:
-    """2 steps × 3 images, stored at 2×2 and seen at 4×4."""
-    images, labels = du.initialize(toy, "real", steps=2)
-    decoder, images = LowResolution([4, 4]), LowResolution.pack(images, stored=2)
-    return du.DistilledSet(images, labels, decoder=decoder, epochs=3, step_size=0.1)
+def test_images_that_do_not_fill_a_multi_formation_are_named():
+    with pytest.raises(ValueError, match="factor=2: a step has 3 images; give a multiple of 4"):
+        multi_formation(torch.ones(1, 3, 1, 4, 4), torch.eye(3)[None], factor=2)
 
 
-def test_low_resolution_is_stored_small_and_seen_large(toy, low):
-    images, _ = du.initialize(toy, "real", steps=2)
-    assert low.images.shape == (2, 3, 1, 2, 2)
-    assert low.decode().shape == images.shape
-    seen = [update[0] for update in low.schedule()]
-    for step, image in zip(low.images, seen[:2], strict=True):
-        assert torch.equal(F.interpolate(step, size=(4, 4), mode="bilinear"), image)
-    assert torch.equal(seen[0], seen[2])
-    du.outer_loss(Linear(), low, toy.train).backward()
-    assert low.images.grad.shape == low.images.shape
-    assert low.images.grad.abs().max() > 0
-
-
-def test_low_resolution_stores_14_by_14_by_default():
-    images = torch.randn(1, 2, 1, 28, 28)
-    low = low_resolution(images, torch.eye(2)[None])
-    assert torch.equal(low.images, LowResolution.pack(images, stored=14))
-    assert low.images.shape[-2:] == (14, 14)
-    assert low.decode().shape[-2:] == (28, 28)
-
-
-def test_multi_formation_packs_images_of_full_size(toy):
-    images, labels = du.initialize(toy, "real", steps=2, per_class=4)
-    distilled = multi_formation(images, labels, factor=2, epochs=3)
-    assert torch.equal(distilled.images, du.MultiFormation(2).pack(images))
-    assert (distilled.images.shape, distilled.decode().shape) == ((2, 3, 1, 4, 4), images.shape)
-    assert distilled.updates == 6
-
-
-@pytest.mark.parametrize("kind", ["low", "augmented"])
-def test_a_saved_set_is_loaded_as_the_same_set(toy, low, tmp_path, kind):
-    distilled, decoder, path = low, LowResolution([4, 4]), tmp_path / "set.safetensors"
-    if kind == "augmented":
-        images, labels = du.initialize(toy, "real", steps=2)
-        distilled, decoder = augmented(images, labels, epochs=3, step_size=0.1), Augment()
-    du.save(distilled, path, dataset=toy)
-    with pytest.raises(ValueError, match=f"decoder={type(decoder).__name__}"):
-        du.load(path)
-    loaded = du.load(path, decoder=decoder)
-    assert loaded.inner == distilled.inner
-    for name in ("images", "labels"):
-        assert torch.equal(getattr(loaded, name), getattr(distilled, name))
-    torch.testing.assert_close(loaded.step_sizes, distilled.step_sizes)
-    seen = []
-    for each in (distilled, loaded):
-        with du.seeded(5):
-            seen.append([update[0] for update in each.schedule()])
-    assert all(map(torch.equal, *seen))
-    pair = (distilled, loaded)
-    values = [du.evaluate(each, toy.test, Linear, networks=3).values for each in pair]
-    assert torch.equal(*values)
-
-
-def test_training_from_scratch_sees_the_decoded_images(toy, low):
-    """It used to train on the stored ones, which networks for images of full size cannot read."""
-    plain = du.DistilledSet(low.decode().detach(), low.labels)
-    options = {"networks": 3, "epochs": 4}
-    values = [train_from_scratch(each, toy.test, Linear, **options).values for each in (low, plain)]
-    assert torch.equal(*values)
-
-
-def test_augmentation_samples_a_transform_for_every_step_and_call(toy):
-    images, labels = du.initialize(toy, "real", steps=1)
-    distilled = augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
-    first, second = distilled.decode(), distilled.decode()
-    assert not torch.equal(first, second)
-    assert not torch.equal(first[0], first[1])  # of equal images
-    with du.seeded(1):
-        one = distilled.decode()
-    with du.seeded(1):
-        assert torch.equal(distilled.decode(), one)
-    seen = [update[0] for update in distilled.schedule()]
-    assert torch.equal(seen[0], seen[2])  # the epochs of an unroll see the same images
-    du.outer_loss(Linear(), distilled, toy.train).backward()
-    assert distilled.images.grad.abs().max() > 0
-
-
-def test_making_an_augmented_set_leaves_the_random_state_alone(toy):
+# -------------------------------------------------------------------------------------------- augmentation
+def test_every_step_and_call_draws_transforms(toy):
     images, labels = du.initialize(toy, "real", steps=1)
     state = torch.get_rng_state()
-    augmented(images, labels)
+    distilled = augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
     assert torch.equal(torch.get_rng_state(), state)
+    first, again = distilled.decode(), distilled.decode()
+    assert not torch.equal(first, again)
+    assert not torch.equal(first[0], first[1])  # of equal images
+    torch.set_rng_state(state)
+    assert torch.equal(distilled.decode(), first)
+    seen = [update[0] for update in distilled.schedule()]
+    assert torch.equal(seen[0], seen[2])  # the epochs of an unroll see the same images
 
 
-def test_an_image_moves_on_its_own_background():
-    black = -0.4
-    images = torch.full((3, 1, 12, 12), black)
+def test_images_move_by_themselves_on_their_background():
+    images = torch.full((3, 1, 12, 12), -0.4)
     images[:, :, 5:7, 5:7] = 2.0
-    moved = augment(images, black=black)
-    torch.testing.assert_close(moved[..., 0, 0], torch.full((3, 1), black))
+    moved = augment(images, black=-0.4)
+    torch.testing.assert_close(moved[..., 0, 0], images[..., 0, 0])
     assert moved.max() > 1
-    assert len({round(float(image.sum()), 4) for image in moved}) == 3  # each in a way of its own
+    assert len(moved.unique(dim=0)) == 3
+    small = torch.randn(2, 1, 4, 4).double().requires_grad_()
+
+    def repeatable(images: Tensor) -> Tensor:
+        with du.seeded(0):
+            return augment(images, black=0.3)
+
+    assert torch.autograd.gradcheck(repeatable, (small,))
 
 
 def test_augmentation_turns_shifts_and_scales_a_little(monkeypatch):
-    """Against torchvision's affine transform, at the limits of every range."""
+    """Against torchvision's transform, at the limits of every range."""
     image = torch.zeros(1, 1, 28, 28)
     image[..., 8:20, 11:15] = 1.0
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(*shape))
-    ours = augment(image, black=0.0)
-    options = {"angle": -10, "translate": [-2, -2], "scale": 1 / 1.1, "shear": [0.0, 0.0]}
-    theirs = v2.functional.affine(image, interpolation=v2.InterpolationMode.BILINEAR, **options)
-    torch.testing.assert_close(center_and_spread(ours), center_and_spread(theirs), atol=0.6, rtol=0)
-    assert (center_and_spread(ours) - center_and_spread(image)).abs().min() > 0.9
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.ones(shape))
+    found = augment(image, black=0.0)
+    angle, scale, bilinear = math.radians(10), 1.1, v2.InterpolationMode.BILINEAR
+    cos, sin = 2 * math.cos(angle) / scale, 2 * math.sin(angle) / scale
+    options = {"angle": -10, "scale": 1 / scale, "shear": [0.0, 0.0], "interpolation": bilinear}
+    # Torchvision shifts what it has turned, `augment` turns what it has shifted.
+    shift = [-(cos + sin), -(cos - sin)]
+    expected = v2.functional.affine(image, translate=shift, fill=None, **options)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def center_and_spread(image: torch.Tensor) -> torch.Tensor:
-    """Mean row and column, variance over rows, and ten times the covariance of rows and columns."""
-    mass, places = image[0, 0] / image.sum(), torch.arange(28.0)
-    row, column = mass.sum(1) @ places, mass.sum(0) @ places
-    down, across = places - row, places - column
-    return torch.stack([row, column, mass.sum(1) @ down**2, 10 * down @ mass @ across])
+# ------------------------------------------------------------------------------------------ compressed sets
+@pytest.fixture(scope="module")
+def digits() -> du.Dataset:
+    return du.load_digits(device="cpu")
 
 
-def test_a_stored_size_that_is_none_is_named():
-    with pytest.raises(ValueError, match="stored=0: give a whole number of at least 1"):
-        LowResolution.pack(torch.ones(1, 2, 1, 4, 4), stored=0)
+@pytest.fixture(scope="module")
+def teacher(digits) -> du.Ensemble:
+    return train_teacher(digits, networks=2, epochs=6)
+
+
+def fit(digits, teacher, **options) -> tuple[du.DistilledSet, du.DistilledSet]:
+    options = {"floats": 12_000, "codes": 8, "channels": [8, 4], "iterations": 150, **options}
+    return fit_decoder(digits, teacher, **options)
+
+
+def test_a_compressed_set_holds_what_its_floats_pay_for(digits, teacher):
+    soft, hard = fit(digits, teacher)
+    assert 12_000 - 10 * (8 + 10) < stored_floats(soft) <= 12_000
+    true_labels = len(hard.labels[0])  # which are a single float for each image
+    floats = stored_floats(hard) - hard.labels.numel() + true_labels
+    assert 12_000 - 10 * (8 + 1) < floats <= 12_000
+    assert (hard.labels.max(-1).values == 1).all()
+
+    seen = soft.decode().detach()[0]
+    torch.testing.assert_close(soft.labels[0], teach(teacher, seen))
+    right = teach(teacher, digits.test.images).argmax(-1) == digits.test.labels
+    assert right.float().mean() > 0.8
+
+    images = du.initialize(digits, "real", steps=1, per_class=len(seen) // 10)[0][0]
+    untrained = fit(digits, teacher, iterations=1)[0].decode().detach()[0]
+    assert F.mse_loss(seen, images) < 0.5 < F.mse_loss(untrained, images)
+
+
+def test_equal_seeds_give_equal_compressed_sets(digits, teacher):
+    first, again, other = (fit(digits, teacher, iterations=5, seed=seed)[0] for seed in (3, 3, 4))
+    assert torch.equal(first.decode(), again.decode())
+    assert not torch.equal(first.decode(), other.decode())
+
+
+def test_too_few_floats_are_named(digits, teacher):
+    decoder = du.CodeDecoder(8, [8, 4], [1, 28, 28])
+    least = sum(weight.numel() for weight in decoder.parameters()) + 10 * (8 + 10)
+    soft, _ = fit(digits, teacher, floats=least, iterations=1)
+    assert stored_floats(soft) == least
+    with pytest.raises(ValueError, match=f"floats={least - 1}: give at least {least}, for an"):
+        fit(digits, teacher, floats=least - 1)

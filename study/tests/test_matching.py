@@ -1,47 +1,49 @@
-"""The rivals: their distances against independent computations, and what they learn."""
+"""Matching: its distances against independent computations, and what it learns."""
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import distill_utils as du
 from study.methods.matching import feature_distance, gradient_distance, match
 
-
-@pytest.fixture
-def images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two synthetic images that require gradients, and five real ones."""
-    return torch.randn(2, 1, 4, 4).double().requires_grad_(), torch.randn(5, 1, 4, 4).double()
+LABEL = torch.tensor([0.0, 1.0, 0.0]).double()
 
 
-def test_the_gradient_distance_adds_one_minus_cosine_over_the_rows_of_weights(smooth, images):
-    network, label = smooth().double(), torch.tensor([0.0, 1.0, 0.0]).double()
+def gradient_distance_by_hand(network, synthetic: Tensor, real: Tensor) -> float:
+    """1 - cosine of the gradients of each row of weights, added."""
 
-    def rows(batch: torch.Tensor) -> list[torch.Tensor]:
+    def rows(images: Tensor) -> list[Tensor]:
         network.zero_grad()
-        F.cross_entropy(network(batch.detach()), torch.full((len(batch),), 1)).backward()
-        weights = [w for name, w in network.named_parameters() if "weight" in name]
-        return [row.clone() for w in weights for row in w.grad]
+        F.cross_entropy(network(images), torch.ones(len(images), dtype=torch.int64)).backward()
+        return [row.clone() for layer in (network[1], network[3]) for row in layer.weight.grad]
 
-    pairs = zip(*map(rows, images), strict=True)
-    expected = sum(1 - float(ours @ theirs / ours.norm() / theirs.norm()) for ours, theirs in pairs)
-    assert float(gradient_distance(network, *images, label).detach()) == pytest.approx(expected)
+    pairs = zip(rows(synthetic), rows(real), strict=True)
+    return sum(float(1 - a @ b / a.norm() / b.norm()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("distance", [gradient_distance, feature_distance])
-def test_the_slopes_of_a_distance_are_those_of_finite_differences(smooth, images, distance):
-    network, (synthetic, real) = smooth().double(), images
-    label = torch.tensor([0.0, 0.0, 1.0]).double()
-    assert torch.autograd.gradcheck(lambda each: distance(network, each, real, label), (synthetic,))
+@torch.no_grad()
+def feature_distance_by_hand(network, synthetic: Tensor, real: Tensor) -> float:
+    features = [torch.tanh(network[1](images.flatten(1))) for images in (synthetic, real)]
+    return float((features[0].mean(0) - features[1].mean(0)).norm() ** 2)
 
 
-def test_the_feature_distance_compares_mean_features(smooth, images):
-    network, label = smooth().double(), torch.zeros(3).double()
-    synthetic, real = (nn.Sequential(*list(network)[:-1])(each).mean(0) for each in images)
-    expected = ((synthetic - real) ** 2).sum()
-    torch.testing.assert_close(feature_distance(network, *images, label), expected)
-    assert float(feature_distance(network, images[1], images[1], label).detach()) == 0
+@pytest.mark.parametrize(
+    ("distance", "by_hand"),
+    [
+        (gradient_distance, gradient_distance_by_hand),
+        (feature_distance, feature_distance_by_hand),
+    ],
+)
+def test_a_distance_and_its_gradient_are_those_of_independent_computations(
+    smooth, distance, by_hand
+):
+    network, real = smooth().double(), torch.randn(5, 1, 4, 4).double()
+    synthetic = torch.randn(2, 1, 4, 4).double().requires_grad_()
+    found = float(distance(network, synthetic, real, LABEL).detach())
+    assert found == pytest.approx(by_hand(network, synthetic.detach(), real))
+    assert torch.autograd.gradcheck(lambda x: distance(network, x, real, LABEL), (synthetic,))
 
 
 @pytest.mark.parametrize(
@@ -52,17 +54,18 @@ def test_the_feature_distance_compares_mean_features(smooth, images):
     ],
 )
 def test_matching_improves_noise_and_repeats(toy, smooth, distance, options):
-    def accuracy(iterations: int) -> tuple[float, torch.Tensor]:
-        noise, labels = du.initialize(toy, "noise", steps=1, per_class=2)
-        distilled = du.DistilledSet(noise, labels, epochs=30, step_size=0.1)
-        if iterations:
-            more = {"iterations": iterations, "batch_size": 16, **options}
-            match(distilled, toy, smooth, distance=distance, **more)
-        return du.evaluate(distilled, toy.test, smooth, networks=5).mean, distilled.images
-
-    (before, _), (after, first), (_, second) = accuracy(0), accuracy(60), accuracy(60)
-    assert after > 95 > 60 > before
-    assert torch.equal(first, second)
+    before, first, second = (
+        du.DistilledSet(
+            *du.initialize(toy, "noise", steps=1, per_class=2), epochs=30, step_size=0.1
+        )
+        for _ in range(3)
+    )
+    for distilled in (first, second):
+        options = {"iterations": 60, "batch_size": 16, **options}
+        match(distilled, toy, smooth, distance=distance, **options)
+    assert torch.equal(first.images, second.images)
+    accuracies = [du.evaluate(x, toy.test, smooth, networks=5).mean for x in (before, first)]
+    assert accuracies[0] < 60 < 95 < accuracies[1]
 
 
 def test_sets_of_several_steps_are_refused(toy, smooth):

@@ -1,0 +1,207 @@
+"""Every kind of experiment measures what the table of results holds, and the command survives interrupts."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import distill_utils as du
+from study import __main__ as command
+from study.experiments import paper
+from study.experiments.experiment import (
+    RESULTS,
+    ROOT,
+    Experiment,
+    Recipe,
+    add_rows,
+    find_set,
+    read_table,
+)
+
+KINDS = [  # one of each function, and of each branch in it
+    "fixed-10",
+    "controls-fixed-10",
+    "random-noise",
+    "initializations",
+    "longer-baselines",
+    "random-samples",
+    "nearest-neighbors",
+    "adapt-digits-to-mnist",
+    "attack",
+    "add-one-network-pool",
+    "add-to-best-augmented-real",
+    "mnist-ipc1-mf2-50updates",
+    "controls-mnist-ipc1-mf2-50updates",
+    "mnist-ipc10-scratch",
+    "mnist-ipc1-decoded-50updates",
+    "controls-mnist-ipc1-decoded-50updates",
+    "augmented",
+    "transfer",
+    "whole-set",
+    "rival-gradient-matching-ipc10-lenet",
+    "rival-unrolled-training-ipc1-convnet-3",
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_experiment_measures_what_the_stored_table_has(name, tmp_path, mnist_root):
+    recipe = command.EXPERIMENTS[name]
+    experiment = Experiment(name, 0, tmp_path, torch.device("cpu"), mnist_root, quick=True)
+    if recipe.needs:
+        (tmp_path / "sets").mkdir()
+        shutil.copy(find_set(recipe.needs), tmp_path / "sets")
+    add_rows(tmp_path, experiment.run(recipe))
+    columns = ["set", "network", "images", "training", "metric"]
+    stored = read_table(RESULTS, "measurements")
+    stored = stored[(stored.experiment == name) & (stored.seed == 0)]
+    rows = read_table(tmp_path, "measurements")
+    known, measured = (set(map(tuple, table[columns].values)) for table in (stored, rows))
+    assert measured
+    assert {row for row in measured - known if "updates" not in row[3]} == set()
+    assert rows.value[rows.metric != "seconds"].between(0, 100).all()
+    (run,) = read_table(tmp_path, "runs").itertuples()
+    assert (run.experiment, run.quick) == (name, True)
+    for path in (tmp_path / "sets").glob("*"):
+        assert path.stem in set(rows.set) | {recipe.needs}
+        assert du.load(path).updates > 0
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """Runs the command with arguments, on two experiments that only note their names; returns the folder of results."""
+
+    def measure(experiment: Experiment, title: str) -> None:
+        experiment.measure([50.0], images=title)
+
+    recipes = {name: Recipe(partial(measure, title=name)) for name in ("one", "two")}
+    monkeypatch.setattr(command, "EXPERIMENTS", recipes)
+    monkeypatch.setattr(du, "load_mnist", lambda *_, **__: None)
+
+    def run_here(experiments: list[Experiment], options: command.Options) -> None:
+        for experiment in experiments:
+            add_rows(options.results, command.work(experiment))
+
+    monkeypatch.setattr(command, "run_side_by_side", run_here)
+
+    def run(*arguments: str) -> Path:
+        monkeypatch.setattr("sys.argv", ["study", *arguments, "--results", str(tmp_path)])
+        command.run_command_line()
+        return tmp_path
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_what_is_there_is_not_run_again(study):
+    folder = study("--only", "two")
+    assert list(read_table(folder, "runs").experiment) == ["two"]
+    written = (folder / "measurements.csv").stat().st_mtime_ns
+    study("--only", "two")
+    assert (folder / "measurements.csv").stat().st_mtime_ns == written
+    study()
+    assert list(read_table(folder, "measurements").images) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--only", "three"], "--only three: give some of one, two"),
+        (["--workers", "0"], "workers=0: give a whole number"),
+        (["--quick"], "has other results; name another folder with --results"),
+    ],
+)
+def test_bad_options_are_named(study, arguments, error, capsys):
+    study("--only", "one")
+    with pytest.raises(SystemExit):
+        study(*arguments)
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert error in message
+
+
+def test_quick_results_never_go_where_the_stored_ones_are():
+    with pytest.raises(ValueError, match="name another folder with --results"):
+        command.Options(quick=True)
+
+
+def test_an_experiment_that_ran_again_replaces_its_lines(tmp_path):
+    for value in (1.0, 2.0):
+        for name in ("a", "b"):
+            experiment = Experiment(name, 0, tmp_path, torch.device("cpu"), "")
+            recipe = Recipe(lambda experiment, value=value: experiment.measure([value], images="x"))
+            add_rows(tmp_path, experiment.run(recipe))
+    assert list(read_table(tmp_path, "measurements").value) == [2.0, 2.0]
+    assert list(read_table(tmp_path, "runs").experiment) == ["a", "b"]
+
+
+def test_ctrl_c_stops_all_processes_with_a_sentence(tmp_path, mnist_root):
+    options = ["--results", str(tmp_path), "--data-root", mnist_root, "--device", "cpu"]
+    names = ["fixed-10", "fixed-10-soft-labels"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "study", "--only", *names, *options],
+        **{"cwd": ROOT, "env": environment, "text": True},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+    )
+    try:
+        checkpoints = [
+            tmp_path / "checkpoints" / f"{names[0]}-{seed}" / "set.pt" for seed in (0, 1)
+        ]
+        while not all(path.exists() for path in checkpoints):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert output.splitlines()[-1] == "interrupted; the same command continues from here"
+    assert "Traceback" not in output
+    assert not list(tmp_path.glob("*.csv"))
+
+
+# ---------------------------------------------------------------------------------- pieces of the paper
+@pytest.fixture(scope="module")
+def digits() -> du.Dataset:
+    return du.load_digits(device="cpu")
+
+
+def test_a_sampled_network_is_a_copy_of_one_of_several():
+    networks = [torch.nn.Linear(2, 2) for _ in range(3)]
+    make_network = paper.sample_network(networks)
+    samples = [make_network() for _ in range(60)]
+    kinds = {
+        next(i for i in range(3) if torch.equal(networks[i].weight, sample.weight))
+        for sample in samples
+    }
+    assert kinds == {0, 1, 2}
+    assert not {id(sample) for sample in samples} & {id(network) for network in networks}
+    with pytest.raises(ValueError, match="networks: none given; give at least one"):
+        paper.sample_network([])
+
+
+def test_poisoning_changes_the_labels_of_one_class_and_nothing_else(digits):
+    poisoned = paper.poison_labels(digits, 9, 4)
+    for name in ("train", "validation", "test"):
+        before, after = getattr(digits, name), getattr(poisoned, name)
+        assert torch.equal(before.images, after.images)
+        nine = before.labels == 9
+        assert (after.labels[nine] == 4).all()
+        assert torch.equal(after.labels[~nine], before.labels[~nine])
+    with pytest.raises(ValueError, match="target=10: give a class, 0 to 9"):
+        paper.poison_labels(digits, 1, 10)
+
+
+def test_neighbors_classify_their_own_images_correctly(digits):
+    images, labels = du.initialize(digits, "real", steps=3)
+    same = du.Split(images.flatten(0, 1), labels.flatten(0, 1).argmax(-1))
+    assert paper.neighbor_accuracy(images, labels, same, 2, 1) == 100
+    assert 50 < paper.neighbor_accuracy(images, labels, digits.test, 1, 3) < 100
