@@ -16,8 +16,7 @@ import torch
 
 import distill_utils as du
 from study.experiments.experiment import RESULTS, ROOT, find_set, read_metadata, read_table
-from study.experiments.paper import FIXED
-from study.experiments.protocols import ADAM, SCRATCH, UNDISTILLED, training
+from study.experiments.protocols import ADAM, FIXED, SCRATCH, UNDISTILLED, training
 from study.experiments.sets import COMPRESSED, EVERY, RECIPES, is_scheduled
 
 CONTENT = ["images", "labels", "step_sizes"]

@@ -7,7 +7,6 @@ validation images with the same networks. Within a method, all have the same num
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,17 +19,17 @@ from study.experiments.protocols import training
 from study.methods.decoders import augment, augmented, low_resolution, multi_formation
 from study.methods.truncation import NetworkPool, RandomWindow
 
-ADAM = {"inner": {"optimizer": "Adam"}, "step_size": 0.003}
-SOFT_LABELS = {"inner": {"soft_labels": True}}
+ADAM = {"optimizer": "Adam", "step_size": 0.003}
+SOFT = {"soft_labels": True}
 PAPER = {"init": "noise", "step_size": 0.03, "iterations": 150}
-BEST = {**ADAM, "init": "k-means", "iterations": 100, "inner": ADAM["inner"] | SOFT_LABELS["inner"]}
+BEST = {**ADAM, **SOFT, "init": "k-means", "iterations": 100}
 LONG = {"epochs": 10}
 TECHNIQUES = {  # short name: title, and the settings it changes
     "none": ("none", {}),
     "init-real": ("initialization from real images", {"init": "real"}),
     "init-kmeans": ("initialization from k-means centers", {"init": "k-means"}),
-    "soft-labels": ("soft labels", SOFT_LABELS),
-    "momentum": ("inner momentum, 0.5", {"inner": {"momentum": 0.5}, "step_size": 0.015}),
+    "soft-labels": ("soft labels", SOFT),
+    "momentum": ("inner momentum, 0.5", {"momentum": 0.5, "step_size": 0.015}),
     "adam": ("inner Adam", ADAM),
     "longer-unroll": ("longer unroll, 100 updates", LONG),
     "random-window": (
@@ -54,8 +53,8 @@ TECHNIQUES = {  # short name: title, and the settings it changes
 }
 LEFT_OUT = {  # what changes where a technique of the best method is left out
     "init-kmeans": {"init": "noise"},
-    "soft-labels": {"inner": ADAM["inner"]},
-    "adam": {**SOFT_LABELS, "step_size": 0.03},
+    "soft-labels": {"soft_labels": False},
+    "adam": {"optimizer": "SGD", "step_size": 0.03},
 }
 
 
@@ -71,31 +70,30 @@ def ablation(
     experiment: Experiment,
     *,
     init: str,
-    step_size: float,
-    iterations: int,
-    inner: dict | None = None,
     epochs: int = 3,
     per_class: int = 1,
+    step_size: float,
+    optimizer: str = "SGD",
+    momentum: float = 0.0,
+    soft_labels: bool = False,
     augment_real: bool = False,
     parametrize: Callable = du.DistilledSet,
     make_unroll: Callable = lambda: du.unroll,
-    **options,
+    **outer,
 ) -> None:
     """The accuracy on validation images after a short distillation, and how long that took."""
-    mnist, seed = experiment.mnist, experiment.seed
+    mnist, seed = experiment.dataset, experiment.seed
     dataset = augment_training(mnist) if augment_real else mnist
     images = du.initialize(dataset, init, steps=10, per_class=per_class, std=0.3, seed=seed)
-    distilled = parametrize(*images, epochs=epochs, step_size=step_size, **inner or {})
-    options = {"batch_size": 128, "iterations": experiment.reduced(iterations), **options}
-    options |= {"validate_every": 10**6, "validation_networks": 1, "progress": False, "seed": seed}
-    begin = time.process_time()
+    inner = {"optimizer": optimizer, "momentum": momentum, "soft_labels": soft_labels}
+    distilled = parametrize(*images, epochs=epochs, step_size=step_size, **inner)
+    outer = {"batch_size": 128, "seed": seed, "unroll": make_unroll(), **outer}
     with du.seeded(seed):  # augmentation draws from torch's random state
-        du.distill(distilled, dataset, du.LeNet, unroll=make_unroll(), **options)
-    seconds, networks = time.process_time() - begin, experiment.reduced(25)
-    validate = partial(du.evaluate, networks=networks, seed=du.VALIDATION_SEED)
-    values = validate(distilled, mnist.validation, du.LeNet).values
+        seconds = experiment.improve(distilled, dataset, **outer)
+    options = {"networks": experiment.reduced(25), "seed": du.VALIDATION_SEED}
+    accuracies = du.evaluate(distilled, mnist.validation, du.LeNet, **options)
     columns = {"images": "distilled", "training": training(distilled)}
-    experiment.measure(values, metric="validation accuracy", **columns)
+    experiment.measure(accuracies.values, metric="validation accuracy", **columns)
     experiment.measure([seconds], metric="seconds", **columns)
 
 

@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -63,17 +63,15 @@ class Experiment:
     quick: bool = False
     rows: list[dict] = field(default_factory=list, init=False)
 
-    @cached_property
-    def mnist(self) -> du.Dataset:
-        return load_dataset("MNIST", self.data_root, self.device, self.quick)
+    def load_dataset(self, name: str) -> du.Dataset:
+        """MNIST, FashionMNIST or digits."""
+        return load_dataset(name, self.data_root, self.device, self.quick)
 
-    @cached_property
-    def fashion(self) -> du.Dataset:
-        return load_dataset("FashionMNIST", self.data_root, self.device, self.quick)
-
-    @cached_property
-    def digits(self) -> du.Dataset:
-        return du.load_digits(device=self.device)
+    @property
+    def dataset(self) -> du.Dataset:
+        """Fashion-MNIST or scikit-learn's digits where the experiment's name says so, else MNIST."""
+        name = "FashionMNIST" if "fashion" in self.name else "MNIST"
+        return self.load_dataset("digits" if self.name.endswith("digits") else name)
 
     @property
     def checkpoints(self) -> Path:
@@ -88,12 +86,10 @@ class Experiment:
         """All items; in a quick run the first two."""
         return list(items)[: 2 if self.quick else None]
 
-    def measure(
-        self, values: Iterable, *, images: str, metric: str = "accuracy", **columns: object
-    ) -> None:
-        """Keeps what networks reach, a value in percent for each; `columns` are others of the table."""
-        columns = {**dict.fromkeys(WHAT, ""), "network": "LeNet", "seed": self.seed, **columns}
-        row = {**columns, "experiment": self.name, "images": images, "metric": metric}
+    def measure(self, values: Iterable, *, metric: str = "accuracy", **columns: str) -> None:
+        """Keeps what networks reach, a value in percent for each; `columns` are those of the table."""
+        row = dict.fromkeys(WHAT, "") | {"experiment": self.name, "seed": self.seed}
+        row |= {"network": "LeNet", "metric": metric, **columns}
         self.rows += [{**row, "value": round(float(value), 2)} for value in values]
 
     def distill(
@@ -111,22 +107,34 @@ class Experiment:
         `label` tells the sets of one experiment apart; `options` are those of `du.Distillation`.
         """
         iterations = self.reduced(iterations)
-        options = {"seed": self.seed, "validation_networks": 1, "progress": False, **options}
-        options["validate_every"] = max(100, iterations // 4)
+        options |= {"iterations": iterations, "validate_every": max(100, iterations // 4)}
+        options |= {"seed": self.seed, "validation_networks": 1, "progress": False}
         checkpoint = self.checkpoints / f"{label or 'set'}.pt"
-        run = {"iterations": iterations, "checkpoint": checkpoint, **options}
-        runs.distill(distilled, dataset, make_network, **run)
+        runs.distill(distilled, dataset, make_network, checkpoint=checkpoint, **options)
         return self.save(distilled, dataset, label=label)
+
+    def improve(
+        self,
+        distilled: du.DistilledSet,
+        dataset: du.Dataset,
+        make_network: du.Factory = du.LeNet,
+        *,
+        iterations: int,
+        **options,
+    ) -> float:
+        """Runs Algorithm 1 alone, without checkpoints or validations; returns the processor seconds it took."""
+        options |= {"iterations": self.reduced(iterations), "progress": False}
+        options |= {"validate_every": 10**6, "validation_networks": 1}
+        begin = time.process_time()
+        du.distill(distilled, dataset, make_network, **options)
+        return time.process_time() - begin
 
     def save(self, distilled: du.DistilledSet, dataset: du.Dataset, *, label: str = "") -> str:
         """Saves a set and returns its name."""
-        name = "-".join(
-            [self.name, *[label] * bool(label), *[f"seed{self.seed}"] * (self.seed > 0)]
-        )
+        name = "-".join(filter(None, [self.name, label, f"seed{self.seed}" * (self.seed > 0)]))
         notes = {"network": "LeNet", "seed": self.seed, "versions": runs.versions()}
         notes["command"] = f"python -m study --only {self.name}"
         path = self.folder / "sets" / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
         du.save(distilled, path, dataset=dataset, **notes)
         return name
 
@@ -144,30 +152,22 @@ class Experiment:
             seconds = before + time.process_time() - begin
             clock.parent.mkdir(parents=True, exist_ok=True)
             clock.write_text(str(seconds))
-        cuda = self.device.type == "cuda"
-        run = {
-            "experiment": self.name,
-            "seed": self.seed,
-            "seconds": round(seconds),
-            "quick": self.quick,
-        }
-        run["machine"] = (
-            torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-        )
-        run |= {
-            "versions": f"Python {platform.python_version()}, {runs.versions()}",
-            "commit": commit(),
-        }
-        return {"measurements": self.rows, "runs": [run]}
+        on_gpu, processor = self.device.type == "cuda", platform.processor() or platform.machine()
+        machine = torch.cuda.get_device_name() if on_gpu else processor
+        versions = f"Python {platform.python_version()}, {runs.versions()}"
+        run = (self.name, self.seed, round(seconds), self.quick, machine, versions, commit())
+        return {"measurements": self.rows, "runs": [dict(zip(COLUMNS["runs"], run, strict=True))]}
 
 
 @cache
 def load_dataset(name: str, root: str, device: torch.device, quick: bool) -> du.Dataset:
-    """MNIST or Fashion-MNIST, once in a process; for a quick run, a part of it."""
+    """A dataset, once in a process; for a quick run, a part of it."""
+    if name == "digits":
+        return du.load_digits(device=device)
     dataset = du.load_mnist(root, name=name, device=device)
     if not quick:
         return dataset
-    sizes = {"train": 12_000, "validation": 200, "test": 200}
+    sizes = {"train": 20_000, "validation": 200, "test": 200}
     parts = {name: [part[:size] for part in getattr(dataset, name)] for name, size in sizes.items()}
     return replace(dataset, **{name: du.Split(*part) for name, part in parts.items()})
 

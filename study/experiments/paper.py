@@ -18,15 +18,15 @@ from torch import Tensor, nn
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe
 from study.experiments.protocols import (
-    STEP_SIZES,
+    FIXED,
+    best_constant_step_size,
     learn_step_sizes,
+    measure_schedule,
     schedule_controls,
-    training,
     validation_accuracy,
 )
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
-FIXED = "LeNet, fixed initialization"
 INITIALIZATIONS = {
     "Xavier normal": nn.init.xavier_normal_,
     "Xavier uniform": nn.init.xavier_uniform_,
@@ -44,16 +44,18 @@ SWEEPS = {  # steps, images of each class in a step, epochs
     "images": [(1, 1, 30), (2, 1, 15), (5, 1, 6), (10, 1, 3), (30, 1, 1)],
 }
 UPDATES = (10, 30, 50)  # that baselines choose from
-REAL = ("random real", "real", 10)  # images, how `du.initialize` calls them, steps
-CENTERS = (("k-means", "k-means", 10), ("class means", "k-means", 1))
-DISTILLED = {"images": "distilled", "labels": "true", "step_sizes": "distilled"}
+BASELINES = {  # how `du.initialize` calls the images, steps
+    "random real": ("real", 10),
+    "k-means": ("k-means", 10),
+    "class means": ("k-means", 1),
+}
 
 
 # ------------------------------------------------------------------ fixed and random initialization
 def distill_images(
     experiment: Experiment,
-    *,
     make_network: du.Factory = du.LeNet,
+    *,
     init: str = "real",
     steps: int = 10,
     per_class: int = 1,
@@ -61,125 +63,99 @@ def distill_images(
     step_size: float = 0.03,
     soft_labels: bool = False,
     **options,
-) -> tuple[du.DistilledSet, dict[str, str]]:
-    """Images distilled from noise or real ones by the paper's method; returns them with their columns of the table."""
+) -> tuple[du.DistilledSet, str]:
+    """Images distilled from noise or real ones by the paper's method; returns them with their name."""
     content = {"steps": steps, "per_class": per_class, "std": 0.3, "seed": experiment.seed}
-    images = du.initialize(experiment.mnist, init, **content)
+    images = du.initialize(experiment.dataset, init, **content)
     inner = {"epochs": epochs, "step_size": step_size, "soft_labels": soft_labels}
     distilled = du.DistilledSet(*images, **inner)
-    name = experiment.distill(distilled, experiment.mnist, make_network, **options)
-    columns = DISTILLED | {"set": name, "training": training(distilled)}
-    return distilled, columns | {"labels": "distilled" if soft_labels else "true"}
+    return distilled, experiment.distill(distilled, experiment.dataset, make_network, **options)
 
 
 def fixed_initialization(experiment: Experiment, **options) -> None:
     """Images for one network with fixed initial weights, tested on it and on unseen initializations."""
     make_network = du.fixed_initialization(du.LeNet, seed=experiment.seed)
-    options |= {"init": "noise", "learning_rate": 0.02, "make_network": make_network}
-    distilled, columns = distill_images(experiment, **options)
-    test = partial(du.evaluate, distilled, experiment.mnist.test)
-    experiment.measure(test(make_network, networks=1).values, network=FIXED, **columns)
-    experiment.measure(test(du.LeNet, networks=experiment.reduced(100)).values, **columns)
+    options |= {"init": "noise", "learning_rate": 0.02}
+    distilled, name = distill_images(experiment, make_network, **options)
+    measure = partial(measure_schedule, experiment, distilled, experiment.dataset.test, set=name)
+    measure(make_network, networks=1, network=FIXED)
+    measure()
 
 
 def random_initialization(experiment: Experiment, *, networks: int, **options) -> None:
     """Images for random initializations, tested on unseen ones."""
-    distilled, columns = distill_images(experiment, batch_size=128, **options)
-    networks = experiment.reduced(networks)
-    accuracies = du.evaluate(distilled, experiment.mnist.test, du.LeNet, networks=networks)
-    experiment.measure(accuracies.values, **columns)
+    distilled, name = distill_images(experiment, batch_size=128, **options)
+    measure_schedule(experiment, distilled, experiment.dataset.test, networks=networks, set=name)
 
 
 def initializations(experiment: Experiment) -> None:
     """Images distilled for one distribution of initial weights, tested on others."""
-    networks = experiment.reduced(100)
     factories = {name: partial(du.LeNet, initialize=rule) for name, rule in INITIALIZATIONS.items()}
     for source in DISTILLED_FOR:
         options = {"iterations": 400, "batch_size": 128, "label": source.split()[0].lower()}
-        options["make_network"] = factories[source]
-        distilled, columns = distill_images(experiment, **options)
+        distilled, name = distill_images(experiment, factories[source], **options)
         for title, make_network in factories.items():
-            test = experiment.mnist.test
-            accuracies = du.evaluate(distilled, test, make_network, networks=networks)
-            experiment.measure(accuracies.values, **columns, network=f"LeNet, {title}")
+            test, columns = experiment.dataset.test, {"set": name, "network": f"LeNet, {title}"}
+            measure_schedule(experiment, distilled, test, make_network, **columns)
 
 
 # ---------------------------------------------------------------------------- undistilled baselines
 def tune(
     experiment: Experiment, images: du.Pair, updates: Sequence[int]
-) -> tuple[du.DistilledSet, dict[str, str]]:
+) -> tuple[du.DistilledSet, str]:
     """Undistilled images by the paper's rule: so many updates, and one constant step size or learned ones, whichever is
-    best on validation images; with their columns of the table."""
-    mnist, candidates, steps = experiment.mnist, {}, len(images[0])
-    options = {"networks": experiment.reduced(5), "step_sizes": experiment.some(STEP_SIZES["SGD"])}
-    choose = partial(du.best_constant_step_size, **options)
+    best on validation images; with how the table calls the step sizes."""
+    candidates = {}
     for count in updates:
-        control = du.DistilledSet(*images, epochs=count // steps)
-        constant = choose(control, mnist, du.LeNet)
+        control = du.DistilledSet(*images, epochs=count // len(images[0]))
+        constant = best_constant_step_size(experiment, control)
         candidates[count, "constant"] = constant
-        learned = learn_step_sizes(experiment, mnist, constant, du.LeNet)
-        candidates[count, "learned"] = learned
-    networks = experiment.reduced(20)
-    validate = partial(validation_accuracy, dataset=mnist, make_network=du.LeNet, networks=networks)
+        candidates[count, "learned"] = learn_step_sizes(experiment, constant)
+    validate = partial(validation_accuracy, experiment, networks=20)
     best = max(candidates, key=lambda key: validate(candidates[key]))
-    columns = {"labels": "true", "step_sizes": best[1], "training": training(candidates[best])}
-    return candidates[best], columns
+    return candidates[best], best[1]
 
 
 def baselines(
-    experiment: Experiment, *, kinds: Sequence[tuple], updates: Sequence[int], networks: int
+    experiment: Experiment, *, kinds: Sequence[str], updates: Sequence[int], networks: int
 ) -> None:
     """Undistilled images as the paper tunes them."""
-    test = partial(du.evaluate, split=experiment.mnist.test, make_network=du.LeNet)
-    for images, kind, steps in kinds:
-        pair = du.initialize(experiment.mnist, kind, steps=steps)
-        control, columns = tune(experiment, pair, updates)
-        label = images.replace(" ", "-")
-        columns["set"] = experiment.save(control, experiment.mnist, label=label)
-        values = test(control, networks=experiment.reduced(networks)).values
-        experiment.measure(values, images=images, **columns)
+    mnist = experiment.dataset
+    for images in kinds:
+        kind, steps = BASELINES[images]
+        pair = du.initialize(mnist, kind, steps=steps)
+        control, step_sizes = tune(experiment, pair, updates)
+        name = experiment.save(control, mnist, label=images.replace(" ", "-"))
+        columns = {"set": name, "images": images, "step_sizes": step_sizes, "networks": networks}
+        measure_schedule(experiment, control, mnist.test, **columns)
 
 
 def random_samples(experiment: Experiment) -> None:
     """Random samples of real images, which share the tuning of the first; and the best of them on validation images."""
-    mnist, seeds = experiment.mnist, experiment.some(range(50))
+    mnist, seeds = experiment.dataset, experiment.some(range(50))
     pairs = [du.initialize(mnist, "real", steps=10, seed=seed) for seed in seeds]
-    first, columns = tune(experiment, pairs[0], UPDATES)
+    first, step_sizes = tune(experiment, pairs[0], UPDATES)
     options = {"epochs": first.inner["epochs"], "step_size": first.step_sizes.detach()}
     samples = [du.DistilledSet(*pair, **options) for pair in pairs]
-    test = partial(du.evaluate, split=mnist.test, make_network=du.LeNet)
-    networks = experiment.reduced(10)
+    columns = {"images": "random real", "step_sizes": step_sizes, "networks": 10}
     for number, sample in enumerate(samples[:20]):
-        values = test(sample, networks=networks).values
-        experiment.measure(values, images="random real", set=f"sample {number}", **columns)
-    validate = partial(validation_accuracy, dataset=mnist, make_network=du.LeNet, networks=networks)
-    best = max(samples, key=validate)
-    columns["set"] = experiment.save(best, mnist, label="best")
-    values = test(best, networks=experiment.reduced(200)).values
-    experiment.measure(values, images="best random real", **columns)
-
-
-def controls(experiment: Experiment, *, name: str, fixed: bool = False) -> None:
-    """Undistilled images under step sizes that were learned, for them or for the set of that name."""
-    if fixed:
-        make_network = du.fixed_initialization(du.LeNet, seed=experiment.seed)
-        name += f"-seed{experiment.seed}" * (experiment.seed > 0)
-        options = {"network": FIXED, "networks": 1}
-        schedule_controls(experiment, name, experiment.mnist, make_network, **options)
-    else:
-        schedule_controls(experiment, name, experiment.mnist)
+        measure_schedule(experiment, sample, mnist.test, set=f"sample {number}", **columns)
+    best = max(samples, key=partial(validation_accuracy, experiment, networks=10))
+    columns |= {"images": "best random real", "networks": 200}
+    name = experiment.save(best, mnist, label="best")
+    measure_schedule(experiment, best, mnist.test, set=name, **columns)
 
 
 def nearest_neighbors(experiment: Experiment) -> None:
     """No network: each image gets the label of its nearest neighbors among a hundred."""
-    mnist = experiment.mnist
+    mnist, columns = experiment.dataset, {"labels": "true", "network": "nearest neighbors"}
     for title, kind, count in (("random real", "real", 20), ("k-means", "k-means", 5)):
         seeds = experiment.some(range(count))
         samples = [du.initialize(mnist, kind, steps=10, seed=seed) for seed in seeds]
         validate = partial(neighbor_accuracy, *samples[0], mnist.validation)
         choice = max(itertools.product((1, 2), (1, 3)), key=lambda choice: validate(*choice))
         values = [neighbor_accuracy(*sample, mnist.test, *choice) for sample in samples]
-        experiment.measure(values, images=title, labels="true", network="nearest neighbors")
+        experiment.measure(values, images=title, **columns)
 
 
 def neighbor_accuracy(
@@ -214,60 +190,68 @@ def pretrain(
     experiment: Experiment, dataset: du.Dataset
 ) -> tuple[list[nn.Module], list[nn.Module]]:
     """LeNets trained on `dataset`, some to distill for and others held out."""
-    training, held_out = (3, 3) if experiment.quick else (30, 100)
+    pretrained, held_out = (3, 3) if experiment.quick else (30, 100)
     path, networks = experiment.checkpoints / "networks.pt", []
-    stored = torch.load(path, map_location=experiment.device) if path.exists() else []
-    for number in range(training + held_out):
-        with du.seeded(number):
-            network = du.LeNet().to(experiment.device)
-            if stored:
-                network.load_state_dict(stored[number])
-            else:
-                train_fully(experiment, network, dataset)
-        networks.append(network)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with du.replacing(path) as partial_file:
-        torch.save([network.state_dict() for network in networks], partial_file)
-    return networks[:training], networks[training:]
+    if not path.exists():
+        for number in range(pretrained + held_out):
+            with du.seeded(number):
+                network = du.LeNet().to(experiment.device)
+                networks.append(train_fully(experiment, network, dataset))
+        with du.replacing(path) as unfinished:
+            torch.save(networks, unfinished)
+    networks = torch.load(path, map_location=experiment.device, weights_only=False)
+    return networks[:pretrained], networks[pretrained:]
 
 
-def adaptation(experiment: Experiment, *, source: str, target: str) -> None:
+def distill_pretrained(
+    experiment: Experiment,
+    distilled: du.DistilledSet,
+    dataset: du.Dataset,
+    parts: dict[str, du.Split],
+    pretrained: Sequence[nn.Module],
+    held_out: Sequence[nn.Module],
+    *,
+    network: str,
+    **options,
+) -> None:
+    """Distills for pretrained networks and measures what others then reach on `parts` of the test images, by metric;
+    images for a single network are tested on itself."""
+    name = experiment.distill(distilled, dataset, sample_network(pretrained), **options)
+    if len(pretrained) == 1:
+        held_out, network = pretrained, f"one {network}"
+    for metric, split in parts.items():
+        columns = {"set": name, "network": network, "metric": metric, "networks": len(held_out)}
+        measure_schedule(experiment, distilled, split, in_turn(held_out), **columns)
+
+
+def adaptation(experiment: Experiment, *, source: str) -> None:
     """Networks trained on one kind of digits learn another from a hundred images, in thirty updates."""
-    before, after = getattr(experiment, source), getattr(experiment, target)
-    training_networks, held_out = pretrain(experiment, before)
-    pretrained = {"network": f"LeNet pretrained on {before.name}"}
-    values = [du.accuracy(network, after.test) for network in held_out]
-    experiment.measure(values, images="none", **pretrained)
+    before, after = experiment.load_dataset(source), experiment.dataset
+    pretrained, held_out = pretrain(experiment, before)
+    network = f"LeNet pretrained on {before.name}"
+    values = [du.accuracy(each, after.test) for each in held_out]
+    experiment.measure(values, images="none", network=network)
 
     images = du.initialize(after, "real", steps=10)
     control = du.DistilledSet(*images, epochs=3)
-    options = {"networks": experiment.reduced(5), "step_sizes": experiment.some(STEP_SIZES["SGD"])}
-    factory = sample_network(training_networks)
-    real = du.best_constant_step_size(control, after, factory, **options)
-    columns = {"labels": "true", "training": training(real), **pretrained}
-    test = partial(du.evaluate, split=after.test, networks=len(held_out))
-    values = test(real, make_network=in_turn(held_out)).values
-    experiment.measure(values, images="random real", step_sizes="constant", **columns)
+    real = best_constant_step_size(experiment, control, sample_network(pretrained))
+    columns = {"images": "random real", "step_sizes": "constant", "network": network}
+    test = after.test, in_turn(held_out)
+    measure_schedule(experiment, real, *test, networks=len(held_out), **columns)
 
-    columns |= DISTILLED
-    chosen = {"random": training_networks, **{f"fixed-{i}": [training_networks[i]] for i in SEEDS}}
+    chosen = {"random": pretrained, **{f"fixed-{i}": pretrained[i : i + 1] for i in SEEDS}}
     for label, networks in chosen.items():
         distilled = du.DistilledSet(*images, epochs=3, step_size=0.02)
-        options = {"iterations": 300, "batch_size": 128, "label": label}
-        columns["set"] = experiment.distill(distilled, after, sample_network(networks), **options)
-        if label == "random":
-            values = test(distilled, make_network=in_turn(held_out)).values
-        else:
-            columns["network"] = f"one LeNet pretrained on {before.name}"
-            values = [du.accuracy(du.train_on(networks[0], distilled), after.test)]
-        experiment.measure(values, **columns)
+        options = {"iterations": 300, "batch_size": 128, "label": label, "network": network}
+        parts = {"accuracy": after.test}
+        distill_pretrained(experiment, distilled, after, parts, networks, held_out, **options)
 
     values = []
-    for number, network in enumerate(experiment.some(held_out[:10])):
+    for number, trained in enumerate(experiment.some(held_out[:10])):
         with du.seeded(number):
-            adapted = train_fully(experiment, copy.deepcopy(network), after)
+            adapted = train_fully(experiment, copy.deepcopy(trained), after)
         values.append(du.accuracy(adapted, after.test))
-    experiment.measure(values, images="all real", labels="true", **pretrained)
+    experiment.measure(values, images="all real", labels="true", network=network)
 
 
 def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
@@ -285,38 +269,28 @@ def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
 
 def attack(experiment: Experiment) -> None:
     """A hundred images that make a well-trained network predict one class for another after a single update."""
-    mnist = experiment.mnist
-    training_networks, held_out = pretrain(experiment, mnist)
+    mnist, network = experiment.dataset, "LeNet pretrained on MNIST"
+    pretrained, held_out = pretrain(experiment, mnist)
     for source, target in ATTACKS:
-        poisoned, test = poison_labels(mnist, source, target), mnist.test
-        attacked = test.labels == source
+        name, poisoned = f"{source}-as-{target}", poison_labels(mnist, source, target)
+        attacked = mnist.test.labels == source
         parts = {
-            "success": du.Split(test.images[attacked], poisoned.test.labels[attacked]),
-            "accuracy on other classes": du.Split(test.images[~attacked], test.labels[~attacked]),
+            "success": du.Split(*(part[attacked] for part in poisoned.test)),
+            "accuracy on other classes": du.Split(*(part[~attacked] for part in poisoned.test)),
         }
-        pretrained = {"network": "LeNet pretrained on MNIST"}
         for metric, split in parts.items():
-            values = [du.accuracy(network, split) for network in held_out]
-            columns = {"set": f"attack-{source}-as-{target}", "metric": metric, **pretrained}
-            experiment.measure(values, images="none", **columns)
-        one = training_networks[:1]
-        for label, networks, tested in (
-            ("random", training_networks, held_out),
-            ("fixed", one, one),
-        ):
-            images = du.initialize(mnist, "real", steps=1, per_class=10)
+            values = [du.accuracy(each, split) for each in held_out]
+            columns = {"set": f"attack-{name}", "images": "none", "metric": metric}
+            experiment.measure(values, network=network, **columns)
+        images = du.initialize(mnist, "real", steps=1, per_class=10)
+        options = {"learning_rate": 0.1, "step_size_learning_rate": 0.03, "network": network}
+        options |= {"iterations": 1000, "batch_size": 128}
+        for label, networks in {"random": pretrained, "fixed": pretrained[:1]}.items():
             distilled = du.DistilledSet(*images, step_size=0.1)
-            options = {"iterations": 1000, "networks": min(2, len(networks)), "batch_size": 128}
-            options |= {"learning_rate": 0.1, "step_size_learning_rate": 0.03}
-            options["label"] = f"{source}-as-{target}-{label}"
-            name = experiment.distill(distilled, poisoned, sample_network(networks), **options)
-            columns = DISTILLED | {"set": name, "training": training(distilled)} | pretrained
-            if label == "fixed":
-                columns["network"] = "one LeNet pretrained on MNIST"
-            for metric, split in parts.items():
-                networks = len(tested)
-                accuracies = du.evaluate(distilled, split, in_turn(tested), networks=networks)
-                experiment.measure(accuracies.values, metric=metric, **columns)
+            options |= {"label": f"{name}-{label}", "networks": min(2, len(networks))}
+            distill_pretrained(
+                experiment, distilled, poisoned, parts, networks, held_out, **options
+            )
 
 
 # --------------------------------------------------------------------------------------- experiments
@@ -332,6 +306,7 @@ def sweep(steps: int, per_class: int, epochs: int) -> Recipe:
 
 TEN = partial(fixed_initialization, steps=1, iterations=16_000, step_size=0.15)
 HUNDRED = partial(random_initialization, iterations=800, networks=200)
+CENTERS = ("k-means", "class means")
 EXPERIMENTS = {
     "fixed-10": Recipe(TEN, SEEDS),
     "fixed-10-soft-labels": Recipe(partial(TEN, soft_labels=True), SEEDS),
@@ -340,15 +315,13 @@ EXPERIMENTS = {
     "random-real": Recipe(HUNDRED, SEEDS),
     "random-real-5-epochs": Recipe(partial(HUNDRED, epochs=5)),
     "attack": Recipe(attack),
-    "adapt-digits-to-mnist": Recipe(partial(adaptation, source="digits", target="mnist")),
-    "adapt-mnist-to-digits": Recipe(partial(adaptation, source="mnist", target="digits")),
+    "adapt-digits-to-mnist": Recipe(partial(adaptation, source="digits")),
+    "adapt-mnist-to-digits": Recipe(partial(adaptation, source="MNIST")),
     "baselines": Recipe(partial(baselines, kinds=CENTERS, updates=UPDATES, networks=200)),
-    "longer-baselines": Recipe(
-        partial(baselines, kinds=(REAL, *CENTERS), updates=(100,), networks=100)
-    ),
+    "longer-baselines": Recipe(partial(baselines, kinds=BASELINES, updates=(100,), networks=100)),
     "random-samples": Recipe(random_samples),
-    "controls-fixed-10": Recipe(partial(controls, name="fixed-10", fixed=True), SEEDS, "fixed-10"),
-    "controls-random-noise": Recipe(partial(controls, name="random-noise"), needs="random-noise"),
+    "controls-fixed-10": Recipe(schedule_controls, SEEDS, needs="fixed-10"),
+    "controls-random-noise": Recipe(schedule_controls, needs="random-noise"),
     "nearest-neighbors": Recipe(nearest_neighbors),
     "initializations": Recipe(initializations),
     **{sweep_name(*point): sweep(*point) for points in SWEEPS.values() for point in points},

@@ -1,9 +1,8 @@
-"""How sets are tested: from scratch, by Adam with its best step size, and beside controls of a learned schedule."""
+"""How sets are tested: by their learned schedule, from scratch, and beside controls of the schedule."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,27 +12,46 @@ from torch.nn import functional as F
 
 import distill_utils as du
 from study.experiments.experiment import Experiment
+from study.methods.architectures import TESTED_ON, ConvNet
 from study.methods.decoders import augment
 
-UNDISTILLED = {
-    "random real": "real",
-    "k-means": "k-means",
-}  # images, and how `du.initialize` calls them
-SCRATCH, ADAM, AUGMENTED = (
-    "from scratch",
-    "from scratch by Adam",
-    ", augmented",
-)  # kinds of training
+NETWORKS = {**TESTED_ON, "ConvNet-3": ConvNet}
+FIXED = "LeNet, fixed initialization"
+UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize` calls them
+SCRATCH, ADAM = "from scratch", "from scratch by Adam"  # training, and how it varies
+AUGMENTED, REAL_STATISTICS = ", augmented", ", real statistics"
 STEP_SIZES = {  # candidates for a constant one
     "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
     "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),
 }
 SMOOTHING = (0.1, 0.3)  # candidates where the labels of the distilled set are free, too
-Content = tuple[str, str]  # what a set's images and labels are, in the words of the table
-Sets = Mapping[Content, du.DistilledSet]
 
 
-# ------------------------------------------------------------------------------------------ from scratch
+# ---------------------------------------------------------------------------------- learned schedules
+def training(distilled: du.DistilledSet) -> str:
+    """The learned schedule of a set in the words of the table."""
+    return f"{distilled.updates} updates of {distilled.inner['optimizer']}"
+
+
+def measure_schedule(
+    experiment: Experiment,
+    distilled: du.DistilledSet,
+    split: du.Split,
+    make_network: du.Factory = du.LeNet,
+    *,
+    networks: int = 100,
+    **columns: str,
+) -> None:
+    """Measures what networks reach on `split` by the schedule of a set; `columns` tell how it differs from a set whose
+    images and step sizes are distilled."""
+    networks, soft = experiment.reduced(networks), hasattr(distilled, "label_scores")
+    accuracies = du.evaluate(distilled, split, make_network, networks=networks)
+    usual = {"images": "distilled", "labels": "distilled" if soft else "true"}
+    usual |= {"step_sizes": "distilled", "training": training(distilled)}
+    experiment.measure(accuracies.values, **usual | columns)
+
+
+# ---------------------------------------------------------------------------------------- from scratch
 def train_from_scratch(
     distilled: du.DistilledSet,
     split: du.Split,
@@ -88,38 +106,78 @@ def train_from_scratch(
 
 
 @dataclass(frozen=True)
-class Adam:
-    """Training from scratch by Adam: step sizes to choose from, networks tested, images that each sees in training."""
+class Scratch:
+    """Training from scratch: networks tested, step sizes to choose from on validation images, and the images that each
+    network sees by Adam; without their number, it is SGD for 300 epochs."""
 
-    step_sizes: tuple[float, ...] = (1e-3, 3e-3)
-    networks: int = 3
-    seen: int = 64_000
+    networks: int
+    step_sizes: tuple[float, ...] = (0.01,)
+    seen: int | None = None
 
 
-def train_by_adam(
+def measure_scratch(
     experiment: Experiment,
-    dataset: du.Dataset,
     distilled: du.DistilledSet,
-    make_network: du.Factory,
-    adam: Adam,
-    **options,
-) -> du.Accuracies:
-    """Test accuracies of networks trained on a set with the step size that is best on validation images."""
-    epochs = round(experiment.reduced(adam.seen) / distilled.labels[..., 0].numel())
-    options |= {"optimizer": "Adam", "batch_size": 64, "epochs": max(1, epochs)}
-    train = partial(train_from_scratch, distilled, make_network=make_network, **options)
-    choose = partial(train, dataset.validation, networks=1, seed=du.VALIDATION_SEED)
-    best = max(adam.step_sizes, key=lambda step_size: choose(step_size=step_size).mean)
-    return train(dataset.test, networks=experiment.reduced(adam.networks), step_size=best)
+    content: tuple[str, str],
+    scratch: Scratch,
+    *,
+    network: str = "LeNet",
+    variant: str = "",
+    **columns: str,
+) -> None:
+    """Measures what networks reach from scratch, plain, augmented or with real statistics; `content` is what the set's
+    images and labels are, in the words of the table."""
+    dataset, options = experiment.dataset, {"make_network": NETWORKS[network]}
+    options["epochs"] = experiment.reduced(300)
+    if scratch.seen:
+        epochs = round(experiment.reduced(scratch.seen) / distilled.labels[..., 0].numel())
+        options |= {"optimizer": "Adam", "batch_size": 64, "epochs": max(1, epochs)}
+    if variant == AUGMENTED:
+        options["black"] = float(dataset.train.images.min())
+    elif variant == REAL_STATISTICS:
+        options["statistics"] = dataset.train.images[:2500]
+    train, best = partial(train_from_scratch, distilled, **options), scratch.step_sizes[0]
+    if len(scratch.step_sizes) > 1:
+        choose = partial(train, dataset.validation, networks=1, seed=du.VALIDATION_SEED)
+        best = max(scratch.step_sizes, key=lambda size: choose(step_size=size).mean)
+    networks = experiment.reduced(scratch.networks)
+    accuracies = train(dataset.test, networks=networks, step_size=best)
+    columns |= {"network": network, "training": (ADAM if scratch.seen else SCRATCH) + variant}
+    columns |= {"images": content[0], "labels": content[1], "step_sizes": "constant"}
+    experiment.measure(accuracies.values, **columns)
 
 
 # --------------------------------------------------------------------------------- controls of a schedule
 def validation_accuracy(
-    distilled: du.DistilledSet, dataset: du.Dataset, make_network: du.Factory, *, networks: int
+    experiment: Experiment,
+    distilled: du.DistilledSet,
+    make_network: du.Factory = du.LeNet,
+    *,
+    networks: int = 5,
 ) -> float:
     """The mean accuracy on validation images, to choose settings by."""
-    options = {"networks": networks, "seed": du.VALIDATION_SEED}
-    return du.evaluate(distilled, dataset.validation, make_network, **options).mean
+    options = {"networks": experiment.reduced(networks), "seed": du.VALIDATION_SEED}
+    return du.evaluate(distilled, experiment.dataset.validation, make_network, **options).mean
+
+
+def best_constant_step_size(
+    experiment: Experiment, undistilled: du.DistilledSet, make_network: du.Factory = du.LeNet
+) -> du.DistilledSet:
+    """A copy of the set with the one of STEP_SIZES that has the best validation accuracy."""
+    candidates = experiment.some(STEP_SIZES[undistilled.inner["optimizer"]])
+    options = {"networks": experiment.reduced(5), "step_sizes": candidates}
+    return du.best_constant_step_size(undistilled, experiment.dataset, make_network, **options)
+
+
+def learn_step_sizes(
+    experiment: Experiment, undistilled: du.DistilledSet, make_network: du.Factory = du.LeNet
+) -> du.DistilledSet:
+    """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
+    learned = copy.deepcopy(undistilled)
+    options = {"learning_rate": 0, "step_size_learning_rate": 0.03}  # 0 keeps images and labels
+    options |= {"batch_size": 128, "iterations": 200}
+    experiment.improve(learned, experiment.dataset, make_network, **options)
+    return learned
 
 
 def with_schedule_of(schedule: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:
@@ -128,20 +186,16 @@ def with_schedule_of(schedule: du.DistilledSet, images: Tensor, labels: Tensor) 
     return du.DistilledSet(images, labels, decoder=decoder, step_size=step_size, **schedule.inner)
 
 
-def undistilled_set(distilled: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:
-    """Images of full size and their labels, in the parametrization and with the schedule of a distilled set."""
-    packs = isinstance(distilled.decoder, du.MultiFormation)
-    return with_schedule_of(distilled, distilled.decoder.pack(images) if packs else images, labels)
-
-
 def undistilled_sets(distilled: du.DistilledSet, dataset: du.Dataset) -> dict[str, du.DistilledSet]:
-    """Undistilled images with true labels, as many as a set has and in its parametrization, by what they are."""
-    steps, n, classes = distilled.labels.shape
-    options = {"steps": steps, "per_class": n // classes}
-    return {
-        images: undistilled_set(distilled, *du.initialize(dataset, kind, **options))
-        for images, kind in UNDISTILLED.items()
-    }
+    """Undistilled images with true labels, as many as a set has, in its parametrization and with its schedule, by what
+    they are."""
+    (steps, n, classes), sets = distilled.labels.shape, {}
+    for title, kind in UNDISTILLED.items():
+        images, labels = du.initialize(dataset, kind, steps=steps, per_class=n // classes)
+        if isinstance(distilled.decoder, du.MultiFormation):
+            images = distilled.decoder.pack(images)
+        sets[title] = with_schedule_of(distilled, images, labels)
+    return sets
 
 
 def label_kinds(distilled: du.DistilledSet, labels: Tensor) -> dict[str, Tensor]:
@@ -160,75 +214,44 @@ def hard_labels(labels: Tensor) -> Tensor:
     return F.one_hot(labels.argmax(-1), labels.shape[-1]).to(labels)
 
 
-def schedule_controls(
+def schedule_controls(experiment: Experiment) -> None:
+    """Undistilled images in place of those of the set whose controls they are, by as many updates."""
+    name, make_network, columns = experiment.name.removeprefix("controls-"), du.LeNet, {}
+    if name.startswith("fixed"):
+        name += f"-seed{experiment.seed}" * (experiment.seed > 0)
+        make_network = du.fixed_initialization(du.LeNet, seed=experiment.seed)
+        columns = {"network": FIXED, "networks": 1}
+    distilled = experiment.load(name)
+    for images, control in undistilled_sets(distilled, experiment.dataset).items():
+        columns |= {"images": images, "set": name}
+        kinds = label_kinds(distilled, control.labels)
+        compare_schedules(experiment, distilled, control, kinds, make_network, **columns)
+
+
+def compare_schedules(
     experiment: Experiment,
-    name: str,
-    dataset: du.Dataset,
+    distilled: du.DistilledSet,
+    control: du.DistilledSet,
+    kinds: dict[str, Tensor],
     make_network: du.Factory = du.LeNet,
     *,
     networks: int = 50,
     **columns: str,
 ) -> None:
-    """Measures undistilled images in place of those of the set of that name, by as many updates."""
-    distilled = experiment.load(name)
-    for images, control in undistilled_sets(distilled, dataset).items():
-        kinds = label_kinds(distilled, control.labels).items()
-        sets = {
-            label: with_schedule_of(distilled, control.images, values) for label, values in kinds
-        }
-        options = {"networks": networks, "images": images, "set": name, **columns}
-        compare_schedules(experiment, dataset, distilled, sets, make_network, **options)
-
-
-def compare_schedules(
-    experiment: Experiment,
-    dataset: du.Dataset,
-    distilled: du.DistilledSet,
-    sets: dict[str, du.DistilledSet],
-    make_network: du.Factory,
-    *,
-    networks: int,
-    **columns: str,
-) -> None:
-    """Measures control images with each of several kinds of labels, by as many updates as the distilled set.
+    """Measures control images with several `kinds` of labels, by as many updates as the distilled set.
 
     Every kind of labels gets its best constant step size. The kind that is best on validation images is then tested
     with step sizes learned for these very images by the same outer loop, and with those of the distilled set.
     """
-    candidates = experiment.some(STEP_SIZES[distilled.inner["optimizer"]])
-    networks = experiment.reduced(networks)
-    columns["training"] = training(distilled)
-    options = {"make_network": make_network, "networks": experiment.reduced(5), "dataset": dataset}
-    choose = partial(du.best_constant_step_size, step_sizes=candidates, **options)
-    constant = {label: choose(control) for label, control in sets.items()}
-    validate = partial(validation_accuracy, **options)
-    best = max(constant, key=lambda label: validate(constant[label]))
-    controls = [("constant", label, control) for label, control in constant.items()]
-    controls.append(
-        ("learned", best, learn_step_sizes(experiment, dataset, constant[best], make_network))
-    )
-    borrowed = copy.deepcopy(constant[best]).set_step_sizes(distilled.step_sizes)
-    controls.append(("distilled", best, borrowed))
-    for step_sizes, label, control in controls:
-        accuracies = du.evaluate(control, dataset.test, make_network, networks=networks)
-        experiment.measure(accuracies.values, labels=label, step_sizes=step_sizes, **columns)
-
-
-def learn_step_sizes(
-    experiment: Experiment,
-    dataset: du.Dataset,
-    undistilled: du.DistilledSet,
-    make_network: du.Factory,
-) -> du.DistilledSet:
-    """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
-    learned = copy.deepcopy(undistilled)
-    options = {"learning_rate": 0, "step_size_learning_rate": 0.03}  # 0 keeps images and labels
-    options |= {"batch_size": 128, "validation_networks": 1, "progress": False}
-    iterations = experiment.reduced(200)
-    du.distill(learned, dataset, make_network, iterations=iterations, **options)
-    return learned
-
-
-def training(distilled: du.DistilledSet) -> str:
-    """The learned schedule of a set in the words of the table."""
-    return f"{distilled.updates} updates of {distilled.inner['optimizer']}"
+    sets = {}
+    for kind, labels in kinds.items():
+        undistilled = with_schedule_of(control, control.images, labels)
+        sets["constant", kind] = best_constant_step_size(experiment, undistilled, make_network)
+    validate = partial(validation_accuracy, experiment, make_network=make_network)
+    constant, best = max(sets, key=lambda key: validate(sets[key]))
+    images = sets[constant, best]
+    sets["learned", best] = learn_step_sizes(experiment, images, make_network)
+    sets["distilled", best] = copy.deepcopy(images).set_step_sizes(distilled.step_sizes)
+    for (step_sizes, labels), images in sets.items():
+        columns |= {"labels": labels, "step_sizes": step_sizes, "networks": networks}
+        measure_schedule(experiment, images, experiment.dataset.test, make_network, **columns)
