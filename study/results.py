@@ -8,6 +8,7 @@ print(results.accuracies(experiment="random-noise"))  # mean ± std over all net
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,20 +18,17 @@ import torch
 import distill_utils as du
 from study.experiments.experiment import RESULTS, ROOT, find_set, read_metadata, read_table
 from study.experiments.protocols import ADAM, FIXED, SCRATCH, UNDISTILLED, training
-from study.experiments.sets import COMPRESSED, EVERY, RECIPES, is_scheduled
+from study.experiments.sets import COMPRESSED, LENET, RECIPES, is_scheduled
 
 CONTENT = ["images", "labels", "step_sizes"]
 SAME_BYTES = {"mnist-ipc10-compressed": ["transfer"]}  # experiments with controls of the same size
 
 
 class Results:
-    """The tables of a folder, as they are when the object is made."""
+    """The table of a folder, as it is when the object is made."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
-        self.folder = Path(folder)
-        self.measurements, self.runs = (
-            read_table(folder, name) for name in ("measurements", "runs")
-        )
+        self.folder, self.measurements = Path(folder), read_table(folder, "measurements")
 
     def rows(self, **columns: str | Iterable[str]) -> pd.DataFrame:
         """The lines whose columns have the given values, or one of several. Raises ValueError if there are none."""
@@ -50,19 +48,15 @@ class Results:
         return du.load(find_set(name, self.folder), device=device)
 
 
-def summarize(rows: pd.DataFrame, index: list[str], columns: str | list[str] = ()) -> pd.DataFrame:
+def summarize(rows: pd.DataFrame, index: list[str], columns: str | None = None) -> pd.DataFrame:
     """Mean ± standard deviation over all networks, and n, for each combination of columns in the order of the rows;
-    `columns` go across the page."""
-    groups = rows.groupby(
-        [*index, *([columns] if isinstance(columns, str) else columns)], sort=False
-    )
+    the values of `columns` go across the page."""
+    groups = rows.groupby(index + [columns] * bool(columns), sort=False)
     cells = groups.apply(count, include_groups=False)
-    if columns:
-        order = rows[columns].drop_duplicates()
-        order = order if isinstance(columns, str) else pd.MultiIndex.from_frame(order)
-        names = cells.index.droplevel(columns).unique()
-        cells = cells.unstack(columns).reindex(index=names, columns=order).fillna("")
-    return cells.rename("accuracy (%)").to_frame() if not columns else cells
+    if columns is None:
+        return cells.rename("accuracy (%)").to_frame()
+    names, across = cells.index.droplevel(columns).unique(), rows[columns].drop_duplicates()
+    return cells.unstack(columns).reindex(index=names, columns=across).fillna("")
 
 
 def count(rows: pd.DataFrame) -> str:
@@ -73,32 +67,25 @@ def count(rows: pd.DataFrame) -> str:
 
 
 # ------------------------------------------------------------------------------- a set and its controls
-def made_for(name: str) -> str:
-    """The training that a set, or a set of one of the paper's experiments, is made for."""
-    if name.endswith(("-scratch", "-compressed")):
-        return ADAM if name.endswith("-compressed") else SCRATCH
-    return training(du.load(find_set(name)))
-
-
 def main_rows(results: Results, name: str) -> pd.DataFrame:
-    """What a set reaches as it is meant to be used, over all seeds."""
-    compressed = name.endswith("-compressed")
-    columns = (
-        {"images": "compressed", "labels": "teacher"} if compressed else {"images": "distilled"}
-    )
-    if name in (*RECIPES, *COMPRESSED) and not compressed:
-        columns["labels"] = "distilled"
-    network = FIXED if name.startswith("fixed") else "LeNet"
-    return results.rows(experiment=name, training=made_for(name), network=network, **columns)
+    """What a set, or a set of one of the paper's experiments, reaches as it is meant to be used, over all seeds."""
+    columns = {"images": "distilled", "network": FIXED if name.startswith("fixed") else "LeNet"}
+    if name.endswith("-compressed"):
+        columns |= {"images": "compressed", "labels": "teacher", "training": ADAM}
+    elif name.endswith("-scratch"):
+        columns |= {"labels": "distilled", "training": SCRATCH}
+    else:
+        columns["step_sizes"] = "distilled"
+    return results.rows(experiment=name, **columns)
 
 
 def control_rows(results: Results, name: str) -> pd.DataFrame:
     """What undistilled images reach with the same training, on the same network."""
-    (network,) = main_rows(results, name).network.unique()
+    main = main_rows(results, name)
+    columns = {column: main[column].unique() for column in ("network", "training")}
     images = [*UNDISTILLED] + ["compressed"] * (name in COMPRESSED and is_scheduled(name))
     experiments = [name, f"controls-{name}", *SAME_BYTES.get(name, [])]
-    columns = {"experiment": experiments, "images": images, "network": network}
-    return results.rows(**columns, training=made_for(name))
+    return results.rows(experiment=experiments, images=images, **columns)
 
 
 def strongest(rows: pd.DataFrame) -> pd.DataFrame:
@@ -174,7 +161,12 @@ TRAIN = """images, labels = distilled.decode().detach().flatten(0, 1), distilled
 network = du.LeNet()
 optimizer = torch.optim.{optimizer}
 du.train(network, du.Split(images, labels), epochs={epochs}, batch_size={size}, optimizer=optimizer)"""
-MARKERS = "<!-- results -->", "<!-- end of results -->"
+STORED = {
+    "Identity": "",
+    "MultiFormation": ", four in each stored image (multi-formation with factor 2)",
+    "CodeDecoder": ", each stored as a short code for one small decoder",
+}
+TABLE = re.compile("(?<=<!-- results -->\n\n).*(?=\n\n<!-- end of results -->)", re.DOTALL)
 
 
 def card(name: str, results: Results) -> str:
@@ -201,12 +193,7 @@ def about(distilled: du.DistilledSet, dataset: str) -> str:
         distilled.labels[..., 0].numel(),
         sum(map(torch.numel, distilled.parameters())),
     )
-    kind = type(distilled.decoder).__name__
-    how = {
-        "Identity": "",
-        "MultiFormation": ", four in each stored image (multi-formation with factor 2)",
-        "CodeDecoder": ", each stored as a short code for one small decoder",
-    }[kind]
+    how = STORED[type(distilled.decoder).__name__]
     return f"{images:,} images for {dataset} with soft labels{how}: {4 * numbers / 1000:.0f} kB as float32."
 
 
@@ -217,7 +204,7 @@ def use_code(distilled: du.DistilledSet, name: str) -> str:
     if name not in COMPRESSED:
         sgd = "SGD(network.parameters(), lr=0.01, momentum=0.9)"
         return TRAIN.format(optimizer=sgd, epochs=300, size=256)
-    epochs = round(EVERY["LeNet"].seen / distilled.labels[..., 0].numel())
+    epochs = round(LENET.seen / distilled.labels[..., 0].numel())
     return TRAIN.format(optimizer="Adam(network.parameters(), lr=1e-3)", epochs=epochs, size=64)
 
 
@@ -244,20 +231,13 @@ def all_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
     return summarize(rows.assign(content=content), ["network", "training"], "content").reset_index()
 
 
-def write(path: Path, text: str) -> None:
-    with du.replacing(path) as partial:
-        partial.write_text(text)
-
-
 def main() -> None:
     """Writes the card of each shipped set and the table in the README."""
     results, readme = Results(), ROOT / "README.md"
     for name in (*RECIPES, *COMPRESSED):
-        write(ROOT / "distilled" / f"{name}.md", card(name, results))
-    before, _, rest = readme.read_text().partition(MARKERS[0])
-    _, _, after = rest.partition(MARKERS[1])
+        (ROOT / "distilled" / f"{name}.md").write_text(card(name, results))
     table = headline(results).to_markdown(index=False)
-    write(readme, "\n\n".join([before + MARKERS[0], table, MARKERS[1] + after]))
+    readme.write_text(TABLE.sub(lambda _: table, readme.read_text()))
 
 
 if __name__ == "__main__":
