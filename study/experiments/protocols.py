@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ from study.experiments.experiment import Experiment
 from study.methods.architectures import TESTED_ON, ConvNet
 from study.methods.decoders import augment
 
+Content = tuple[str, str]  # what a set's images and labels are, in the words of the table
 NETWORKS = {**TESTED_ON, "ConvNet-3": ConvNet}
 FIXED = "LeNet, fixed initialization"
 UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize` calls them
@@ -117,34 +119,32 @@ class Scratch:
 
 def measure_scratch(
     experiment: Experiment,
-    distilled: du.DistilledSet,
-    content: tuple[str, str],
-    scratch: Scratch,
-    *,
-    network: str = "LeNet",
+    sets: dict[Content, du.DistilledSet],
+    networks: dict[str, Scratch],
     variant: str = "",
     **columns: str,
 ) -> None:
-    """Measures what networks reach from scratch, plain, augmented or with real statistics; `content` is what the set's
-    images and labels are, in the words of the table."""
-    dataset, options = experiment.dataset, {"make_network": NETWORKS[network]}
-    options["epochs"] = experiment.reduced(300)
-    if scratch.seen:
-        epochs = round(experiment.reduced(scratch.seen) / distilled.labels[..., 0].numel())
-        options |= {"optimizer": "Adam", "batch_size": 64, "epochs": max(1, epochs)}
+    """Measures what networks reach from scratch on each of several sets, plain, augmented or with real statistics."""
+    dataset, variants = experiment.dataset, {}
     if variant == AUGMENTED:
-        options["black"] = float(dataset.train.images.min())
+        variants = {"black": float(dataset.train.images.min())}
     elif variant == REAL_STATISTICS:
-        options["statistics"] = dataset.train.images[:2500]
-    train, best = partial(train_from_scratch, distilled, **options), scratch.step_sizes[0]
-    if len(scratch.step_sizes) > 1:
+        variants = {"statistics": dataset.train.images[:2500]}
+    pairs = itertools.product(experiment.some(networks.items()), sets.items())
+    for (network, scratch), ((images, labels), distilled) in pairs:
+        options = {"epochs": experiment.reduced(300), "make_network": NETWORKS[network], **variants}
+        if scratch.seen:
+            epochs = round(experiment.reduced(scratch.seen) / distilled.labels[..., 0].numel())
+            options |= {"optimizer": "Adam", "batch_size": 64, "epochs": max(1, epochs)}
+        train = partial(train_from_scratch, distilled, **options)
         choose = partial(train, dataset.validation, networks=1, seed=du.VALIDATION_SEED)
-        best = max(scratch.step_sizes, key=lambda size: choose(step_size=size).mean)
-    networks = experiment.reduced(scratch.networks)
-    accuracies = train(dataset.test, networks=networks, step_size=best)
-    columns |= {"network": network, "training": (ADAM if scratch.seen else SCRATCH) + variant}
-    columns |= {"images": content[0], "labels": content[1], "step_sizes": "constant"}
-    experiment.measure(accuracies.values, **columns)
+        (best, *others) = scratch.step_sizes
+        if others:
+            best = max(scratch.step_sizes, key=lambda size: choose(step_size=size).mean)
+        options = {"networks": experiment.reduced(scratch.networks), "step_size": best}
+        columns |= {"network": network, "training": (ADAM if scratch.seen else SCRATCH) + variant}
+        columns |= {"images": images, "labels": labels, "step_sizes": "constant"}
+        experiment.measure(train(dataset.test, **options).values, **columns)
 
 
 # --------------------------------------------------------------------------------- controls of a schedule

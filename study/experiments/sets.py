@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 
 from torch import nn
 
@@ -91,37 +89,25 @@ def distilled_set(
         networks = 100 if scheduled else fewer
         measure_schedule(experiment, distilled, dataset.test, networks=networks, set=name)
     if first or not scheduled:
-        scratch = Scratch(fewer if scheduled else 100)
-        measure_scratch(experiment, distilled, IMAGES, scratch, set=name)
+        networks = {"LeNet": Scratch(fewer if scheduled else 100)}
+        measure_scratch(experiment, {IMAGES: distilled}, networks, set=name)
     if first:
         labels = distilled.labels.detach()
-        sets = {("distilled", "hard"): (distilled.images, hard_labels(labels))}
+        hard = with_schedule_of(distilled, distilled.images, hard_labels(labels))
+        sets = {("distilled", "hard"): hard}
         for images, control in undistilled_sets(distilled, dataset).items():
-            sets[images, "true"] = (control.images, control.labels)
-            sets[images, "distilled"] = (control.images, labels)
-        for content, tensors in sets.items():
-            control = with_schedule_of(distilled, *tensors)
-            measure_scratch(experiment, control, content, Scratch(fewer), set=name)
+            sets[images, "true"] = control
+            sets[images, "distilled"] = with_schedule_of(control, control.images, labels)
+        measure_scratch(experiment, sets, {"LeNet": Scratch(fewer)}, set=name)
 
 
-def retrain(
-    experiment: Experiment,
-    *,
-    name: str,
-    networks: Iterable[str],
-    scratch: Scratch,
-    variants: Iterable[str],
-) -> None:
-    """Networks trained from scratch on a set and on undistilled images with true labels, in several variants; only
-    batch normalization has real statistics."""
+def retrain(experiment: Experiment, *, name: str, variants: dict[str, dict[str, Scratch]]) -> None:
+    """Networks trained from scratch on a set and on undistilled images with true labels, in several variants."""
     distilled = experiment.load(name)
-    sets = {IMAGES: distilled}
-    for images, control in undistilled_sets(distilled, experiment.dataset).items():
-        sets[images, "true"] = control
-    for network, content, variant in product(experiment.some(networks), sets, variants):
-        if variant != REAL_STATISTICS or "batch norm" in network:
-            columns = {"network": network, "variant": variant, "set": name}
-            measure_scratch(experiment, sets[content], content, scratch, **columns)
+    undistilled = undistilled_sets(distilled, experiment.dataset).items()
+    sets = {IMAGES: distilled} | {(images, "true"): control for images, control in undistilled}
+    for variant, networks in variants.items():
+        measure_scratch(experiment, sets, networks, variant, set=name)
 
 
 # ----------------------------------------------------------------------------------- compressed sets
@@ -153,12 +139,11 @@ def compressed_set(
     taught = with_schedule_of(real, real.images, labels)
     sets = {content: compressed, ("compressed", "true"): true}
     sets |= {("random real", "teacher"): taught, ("random real", "true"): real}
-    networks = experiment.some(EVERY) if thorough and experiment.seed == 0 else ["LeNet"]
-    variants = ("", AUGMENTED) if thorough else ("",)
-    for network, content, variant in product(networks, sets, variants):
-        if variant == "" or content[1] != "true":  # soft labels are the stronger control
-            columns = {"network": network, "variant": variant, "set": name}
-            measure_scratch(experiment, sets[content], content, EVERY[network], **columns)
+    networks = EVERY if thorough and experiment.seed == 0 else {"LeNet": LENET}
+    measure_scratch(experiment, sets, networks, set=name)
+    if thorough:  # soft labels are the stronger control
+        soft = {content: images for content, images in sets.items() if content[1] != "true"}
+        measure_scratch(experiment, soft, networks, AUGMENTED, set=name)
 
 
 def fit(
@@ -187,8 +172,8 @@ def compressed_controls(experiment: Experiment) -> None:
     taught, true = (in_steps(each, optimizer="Adam") for each in fitted)
     kinds = {**label_kinds(distilled, true.labels), "teacher": taught.labels}
     compare_schedules(experiment, distilled, taught, kinds, images="compressed", set=name)
-    content = ("compressed", "teacher, as many")
-    measure_scratch(experiment, taught, content, LENET, set=name)
+    sets = {("compressed", "teacher, as many"): taught}
+    measure_scratch(experiment, sets, {"LeNet": LENET}, set=name)
 
 
 def whole_set(experiment: Experiment) -> None:
@@ -259,9 +244,8 @@ def rivalry(experiment: Experiment, *, rival: Rival) -> None:
     columns = dict(zip(("images", "labels"), content, strict=True))
     columns |= {"set": rival.name, "network": rival.network}
     experiment.measure([seconds], metric="seconds", **columns)
-    for network, count in {"LeNet": 20, "ConvNet-3": 5}.items():
-        scratch, columns = Scratch(count), {"network": network, "set": rival.name}
-        measure_scratch(experiment, distilled, content, scratch, **columns)
+    networks = {"LeNet": Scratch(20), "ConvNet-3": Scratch(5)}
+    measure_scratch(experiment, {content: distilled}, networks, set=rival.name)
 
 
 # --------------------------------------------------------------------------------------- experiments
@@ -295,16 +279,14 @@ COMPRESSED = {  # in the floats of 10, 100 and 500 images, all codes, labels and
 SEEDS = (0, 1, 2)
 SEEDED = ("mnist-ipc1-mf2-50updates", "mnist-ipc10-30updates", "mnist-ipc10-mf2-30updates")
 AUGMENTED_SET, TRANSFERRED = "mnist-ipc10-scratch", "mnist-ipc10-mf2-scratch"
-augmented = partial(retrain, networks=["LeNet"], scratch=Scratch(10), variants=[AUGMENTED])
-transfer = partial(
-    retrain,
-    networks=TESTED_ON,
-    scratch=Scratch(5, (3e-4, 1e-3, 1e-2), seen=9_600),
-    variants=["", REAL_STATISTICS],
-)
+TRANSFER = dict.fromkeys(TESTED_ON, Scratch(5, (3e-4, 1e-3, 1e-2), seen=9_600))
+BATCH_NORM = {name: scratch for name, scratch in TRANSFER.items() if "batch norm" in name}
+VARIANTS = {"": TRANSFER, REAL_STATISTICS: BATCH_NORM}
+augmented = partial(retrain, name=AUGMENTED_SET, variants={AUGMENTED: {"LeNet": Scratch(10)}})
+transfer = partial(retrain, name=TRANSFERRED, variants=VARIANTS)
 EXPERIMENTS = {
-    "augmented": Recipe(partial(augmented, name=AUGMENTED_SET), needs=AUGMENTED_SET),
-    "transfer": Recipe(partial(transfer, name=TRANSFERRED), needs=TRANSFERRED),
+    "augmented": Recipe(augmented, needs=AUGMENTED_SET),
+    "transfer": Recipe(transfer, needs=TRANSFERRED),
     "whole-set": Recipe(whole_set),
     **{rival.name: Recipe(partial(rivalry, rival=rival)) for rival in RIVALS},
 }
