@@ -88,8 +88,9 @@ def ablation(
     inner = {"optimizer": optimizer, "momentum": momentum, "soft_labels": soft_labels}
     distilled = parametrize(*images, epochs=epochs, step_size=step_size, **inner)
     outer = {"batch_size": 128, "seed": seed, "unroll": make_unroll(), **outer}
+    outer["dataset"] = dataset
     with du.seeded(seed):  # augmentation draws from torch's random state
-        seconds = experiment.improve(distilled, dataset, **outer)
+        seconds = experiment.improve(distilled, **outer)
     options = {"networks": experiment.reduced(25), "seed": du.VALIDATION_SEED}
     accuracies = du.evaluate(distilled, mnist.validation, du.LeNet, **options)
     columns = {"images": "distilled", "training": training(distilled)}

@@ -74,6 +74,16 @@ class Experiment:
         return self.load_dataset("digits" if self.name.endswith("digits") else name)
 
     @property
+    def fixed(self) -> bool:
+        """Whether the experiment is about one network with fixed initial weights, as its name says."""
+        return "fixed" in self.name
+
+    @property
+    def make_network(self) -> du.Factory:
+        """What the experiment distills for: LeNets, or copies of a fixed one."""
+        return du.fixed_initialization(du.LeNet, seed=self.seed) if self.fixed else du.LeNet
+
+    @property
     def checkpoints(self) -> Path:
         """What an interrupted run of the experiment continues from."""
         return self.folder / "checkpoints" / f"{self.name}-{self.seed}"
@@ -92,50 +102,39 @@ class Experiment:
         row |= {"network": "LeNet", "metric": metric, **columns}
         self.rows += [{**row, "value": round(float(value), 2)} for value in values]
 
-    def distill(
-        self,
-        distilled: du.DistilledSet,
-        dataset: du.Dataset,
-        make_network: du.Factory = du.LeNet,
-        *,
-        iterations: int,
-        label: str = "",
-        **options,
-    ) -> str:
+    def distill(self, distilled: du.DistilledSet, *, label: str = "", **options) -> str:
         """Runs Algorithm 1, from where an interrupted run stopped; saves the set and returns its name.
 
-        `label` tells the sets of one experiment apart; `options` are those of `du.Distillation`.
+        `label` tells the sets of one experiment apart; `options` are those of `du.Distillation`, by default with the
+        experiment's dataset, network and seed.
         """
-        iterations = self.reduced(iterations)
-        options |= {"iterations": iterations, "validate_every": max(100, iterations // 4)}
-        options |= {"seed": self.seed, "validation_networks": 1, "progress": False}
-        checkpoint = self.checkpoints / f"{label or 'set'}.pt"
-        runs.distill(distilled, dataset, make_network, checkpoint=checkpoint, **options)
-        return self.save(distilled, dataset, label=label)
+        options = {"seed": self.seed} | self.complete(options)
+        options["validate_every"] = max(100, options["iterations"] // 4)  # and writes a checkpoint
+        options["checkpoint"] = self.checkpoints / f"{label or 'set'}.pt"
+        runs.distill(distilled, **options)
+        return self.save(distilled, label=label, dataset=options["dataset"])
 
-    def improve(
-        self,
-        distilled: du.DistilledSet,
-        dataset: du.Dataset,
-        make_network: du.Factory = du.LeNet,
-        *,
-        iterations: int,
-        **options,
-    ) -> float:
-        """Runs Algorithm 1 alone, without checkpoints or validations; returns the processor seconds it took."""
-        options |= {"iterations": self.reduced(iterations), "progress": False}
-        options |= {"validate_every": 10**6, "validation_networks": 1}
-        begin = time.process_time()
-        du.distill(distilled, dataset, make_network, **options)
+    def improve(self, distilled: du.DistilledSet, **options) -> float:
+        """Runs Algorithm 1 alone, without a checkpoint; returns the processor seconds it took."""
+        options, begin = self.complete(options), time.process_time()
+        du.distill(distilled, **options)
         return time.process_time() - begin
 
-    def save(self, distilled: du.DistilledSet, dataset: du.Dataset, *, label: str = "") -> str:
+    def complete(self, options: dict) -> dict:
+        """Options of `du.Distillation` with those that an experiment leaves out."""
+        usual = {"dataset": self.dataset, "make_network": self.make_network}
+        usual |= {"validation_networks": 1, "validate_every": 10**6, "progress": False}
+        return usual | options | {"iterations": self.reduced(options["iterations"])}
+
+    def save(
+        self, distilled: du.DistilledSet, *, label: str = "", dataset: du.Dataset | None = None
+    ) -> str:
         """Saves a set and returns its name."""
         name = "-".join(filter(None, [self.name, label, f"seed{self.seed}" * (self.seed > 0)]))
         notes = {"network": "LeNet", "seed": self.seed, "versions": runs.versions()}
         notes["command"] = f"python -m study --only {self.name}"
         path = self.folder / "sets" / f"{name}.safetensors"
-        du.save(distilled, path, dataset=dataset, **notes)
+        du.save(distilled, path, dataset=dataset or self.dataset, **notes)
         return name
 
     def load(self, name: str) -> du.DistilledSet:

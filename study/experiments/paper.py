@@ -54,7 +54,6 @@ BASELINES = {  # how `du.initialize` calls the images, steps
 # ------------------------------------------------------------------ fixed and random initialization
 def distill_images(
     experiment: Experiment,
-    make_network: du.Factory = du.LeNet,
     *,
     init: str = "real",
     steps: int = 10,
@@ -69,34 +68,32 @@ def distill_images(
     images = du.initialize(experiment.dataset, init, **content)
     inner = {"epochs": epochs, "step_size": step_size, "soft_labels": soft_labels}
     distilled = du.DistilledSet(*images, **inner)
-    return distilled, experiment.distill(distilled, experiment.dataset, make_network, **options)
+    return distilled, experiment.distill(distilled, **options)
 
 
 def fixed_initialization(experiment: Experiment, **options) -> None:
     """Images for one network with fixed initial weights, tested on it and on unseen initializations."""
-    make_network = du.fixed_initialization(du.LeNet, seed=experiment.seed)
-    options |= {"init": "noise", "learning_rate": 0.02}
-    distilled, name = distill_images(experiment, make_network, **options)
-    measure = partial(measure_schedule, experiment, distilled, experiment.dataset.test, set=name)
-    measure(make_network, networks=1, network=FIXED)
-    measure()
+    distilled, name = distill_images(experiment, init="noise", learning_rate=0.02, **options)
+    columns = {"network": FIXED, "networks": 1, "set": name}
+    measure_schedule(experiment, distilled, experiment.make_network, **columns)
+    measure_schedule(experiment, distilled, set=name)
 
 
 def random_initialization(experiment: Experiment, *, networks: int, **options) -> None:
     """Images for random initializations, tested on unseen ones."""
     distilled, name = distill_images(experiment, batch_size=128, **options)
-    measure_schedule(experiment, distilled, experiment.dataset.test, networks=networks, set=name)
+    measure_schedule(experiment, distilled, networks=networks, set=name)
 
 
 def initializations(experiment: Experiment) -> None:
     """Images distilled for one distribution of initial weights, tested on others."""
     factories = {name: partial(du.LeNet, initialize=rule) for name, rule in INITIALIZATIONS.items()}
     for source in DISTILLED_FOR:
-        options = {"iterations": 400, "batch_size": 128, "label": source.split()[0].lower()}
-        distilled, name = distill_images(experiment, factories[source], **options)
+        options = {"make_network": factories[source], "label": source.split()[0].lower()}
+        distilled, name = distill_images(experiment, iterations=400, batch_size=128, **options)
         for title, make_network in factories.items():
-            test, columns = experiment.dataset.test, {"set": name, "network": f"LeNet, {title}"}
-            measure_schedule(experiment, distilled, test, make_network, **columns)
+            columns = {"set": name, "network": f"LeNet, {title}"}
+            measure_schedule(experiment, distilled, make_network, **columns)
 
 
 # ---------------------------------------------------------------------------- undistilled baselines
@@ -120,30 +117,30 @@ def baselines(
     experiment: Experiment, *, kinds: Sequence[str], updates: Sequence[int], networks: int
 ) -> None:
     """Undistilled images as the paper tunes them."""
-    mnist = experiment.dataset
     for images in kinds:
         kind, steps = BASELINES[images]
-        pair = du.initialize(mnist, kind, steps=steps)
+        pair = du.initialize(experiment.dataset, kind, steps=steps)
         control, step_sizes = tune(experiment, pair, updates)
-        name = experiment.save(control, mnist, label=images.replace(" ", "-"))
+        name = experiment.save(control, label=images.replace(" ", "-"))
         columns = {"set": name, "images": images, "step_sizes": step_sizes, "networks": networks}
-        measure_schedule(experiment, control, mnist.test, **columns)
+        measure_schedule(experiment, control, **columns)
 
 
 def random_samples(experiment: Experiment) -> None:
     """Random samples of real images, which share the tuning of the first; and the best of them on validation images."""
-    mnist, seeds = experiment.dataset, experiment.some(range(50))
-    pairs = [du.initialize(mnist, "real", steps=10, seed=seed) for seed in seeds]
+    seeds = experiment.some(range(50))
+    sample = partial(du.initialize, experiment.dataset, "real", steps=10)
+    pairs = [sample(seed=seed) for seed in seeds]
     first, step_sizes = tune(experiment, pairs[0], UPDATES)
     options = {"epochs": first.inner["epochs"], "step_size": first.step_sizes.detach()}
     samples = [du.DistilledSet(*pair, **options) for pair in pairs]
     columns = {"images": "random real", "step_sizes": step_sizes, "networks": 10}
     for number, sample in enumerate(samples[:20]):
-        measure_schedule(experiment, sample, mnist.test, set=f"sample {number}", **columns)
+        measure_schedule(experiment, sample, set=f"sample {number}", **columns)
     best = max(samples, key=partial(validation_accuracy, experiment, networks=10))
     columns |= {"images": "best random real", "networks": 200}
-    name = experiment.save(best, mnist, label="best")
-    measure_schedule(experiment, best, mnist.test, set=name, **columns)
+    name = experiment.save(best, label="best")
+    measure_schedule(experiment, best, set=name, **columns)
 
 
 def nearest_neighbors(experiment: Experiment) -> None:
@@ -216,12 +213,13 @@ def distill_pretrained(
 ) -> None:
     """Distills for pretrained networks and measures what others then reach on `parts` of the test images, by metric;
     images for a single network are tested on itself."""
-    name = experiment.distill(distilled, dataset, sample_network(pretrained), **options)
+    options |= {"dataset": dataset, "make_network": sample_network(pretrained)}
+    name = experiment.distill(distilled, **options)
     if len(pretrained) == 1:
         held_out, network = pretrained, f"one {network}"
     for metric, split in parts.items():
         columns = {"set": name, "network": network, "metric": metric, "networks": len(held_out)}
-        measure_schedule(experiment, distilled, split, in_turn(held_out), **columns)
+        measure_schedule(experiment, distilled, in_turn(held_out), split=split, **columns)
 
 
 def adaptation(experiment: Experiment, *, source: str) -> None:
@@ -236,8 +234,7 @@ def adaptation(experiment: Experiment, *, source: str) -> None:
     control = du.DistilledSet(*images, epochs=3)
     real = best_constant_step_size(experiment, control, sample_network(pretrained))
     columns = {"images": "random real", "step_sizes": "constant", "network": network}
-    test = after.test, in_turn(held_out)
-    measure_schedule(experiment, real, *test, networks=len(held_out), **columns)
+    measure_schedule(experiment, real, in_turn(held_out), networks=len(held_out), **columns)
 
     chosen = {"random": pretrained, **{f"fixed-{i}": pretrained[i : i + 1] for i in SEEDS}}
     for label, networks in chosen.items():

@@ -38,18 +38,20 @@ def training(distilled: du.DistilledSet) -> str:
 def measure_schedule(
     experiment: Experiment,
     distilled: du.DistilledSet,
-    split: du.Split,
     make_network: du.Factory = du.LeNet,
     *,
+    split: du.Split | None = None,
     networks: int = 100,
     **columns: str,
 ) -> None:
-    """Measures what networks reach on `split` by the schedule of a set; `columns` tell how it differs from a set whose
-    images and step sizes are distilled."""
-    networks, soft = experiment.reduced(networks), hasattr(distilled, "label_scores")
+    """Measures what networks reach by the schedule of a set, by default on all test images; `columns` tell how it
+    differs from a set whose images and step sizes are distilled."""
+    usual = {"images": "distilled", "labels": "true", "step_sizes": "distilled"}
+    if hasattr(distilled, "label_scores"):
+        usual["labels"] = "distilled"
+    split, networks = split or experiment.dataset.test, experiment.reduced(networks)
     accuracies = du.evaluate(distilled, split, make_network, networks=networks)
-    usual = {"images": "distilled", "labels": "distilled" if soft else "true"}
-    usual |= {"step_sizes": "distilled", "training": training(distilled)}
+    usual["training"] = training(distilled)
     experiment.measure(accuracies.values, **usual | columns)
 
 
@@ -75,8 +77,6 @@ def train_from_scratch(
 
     Args:
         networks: initializations, all drawn from `seed` before any of them is trained.
-        epochs: passes over the images.
-        batch_size: images in an update.
         step_size: the same for all updates.
         optimizer: "SGD", with momentum 0.9, or "Adam".
         black: turn, shift and scale each image anew in every update; what moves in has this value.
@@ -149,34 +149,29 @@ def measure_scratch(
 
 # --------------------------------------------------------------------------------- controls of a schedule
 def validation_accuracy(
-    experiment: Experiment,
-    distilled: du.DistilledSet,
-    make_network: du.Factory = du.LeNet,
-    *,
-    networks: int = 5,
+    experiment: Experiment, distilled: du.DistilledSet, *, networks: int = 5
 ) -> float:
     """The mean accuracy on validation images, to choose settings by."""
     options = {"networks": experiment.reduced(networks), "seed": du.VALIDATION_SEED}
-    return du.evaluate(distilled, experiment.dataset.validation, make_network, **options).mean
+    validation, make_network = experiment.dataset.validation, experiment.make_network
+    return du.evaluate(distilled, validation, make_network, **options).mean
 
 
 def best_constant_step_size(
-    experiment: Experiment, undistilled: du.DistilledSet, make_network: du.Factory = du.LeNet
+    experiment: Experiment, control: du.DistilledSet, make_network: du.Factory | None = None
 ) -> du.DistilledSet:
     """A copy of the set with the one of STEP_SIZES that has the best validation accuracy."""
-    candidates = experiment.some(STEP_SIZES[undistilled.inner["optimizer"]])
+    candidates = experiment.some(STEP_SIZES[control.inner["optimizer"]])
     options = {"networks": experiment.reduced(5), "step_sizes": candidates}
-    return du.best_constant_step_size(undistilled, experiment.dataset, make_network, **options)
+    options["make_network"] = make_network or experiment.make_network
+    return du.best_constant_step_size(control, experiment.dataset, **options)
 
 
-def learn_step_sizes(
-    experiment: Experiment, undistilled: du.DistilledSet, make_network: du.Factory = du.LeNet
-) -> du.DistilledSet:
+def learn_step_sizes(experiment: Experiment, control: du.DistilledSet) -> du.DistilledSet:
     """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
-    learned = copy.deepcopy(undistilled)
+    learned = copy.deepcopy(control)
     options = {"learning_rate": 0, "step_size_learning_rate": 0.03}  # 0 keeps images and labels
-    options |= {"batch_size": 128, "iterations": 200}
-    experiment.improve(learned, experiment.dataset, make_network, **options)
+    experiment.improve(learned, iterations=200, batch_size=128, **options)
     return learned
 
 
@@ -216,16 +211,12 @@ def hard_labels(labels: Tensor) -> Tensor:
 
 def schedule_controls(experiment: Experiment) -> None:
     """Undistilled images in place of those of the set whose controls they are, by as many updates."""
-    name, make_network, columns = experiment.name.removeprefix("controls-"), du.LeNet, {}
-    if name.startswith("fixed"):
-        name += f"-seed{experiment.seed}" * (experiment.seed > 0)
-        make_network = du.fixed_initialization(du.LeNet, seed=experiment.seed)
-        columns = {"network": FIXED, "networks": 1}
+    name = experiment.name.removeprefix("controls-")
+    name += f"-seed{experiment.seed}" * (experiment.seed > 0)
     distilled = experiment.load(name)
     for images, control in undistilled_sets(distilled, experiment.dataset).items():
-        columns |= {"images": images, "set": name}
         kinds = label_kinds(distilled, control.labels)
-        compare_schedules(experiment, distilled, control, kinds, make_network, **columns)
+        compare_schedules(experiment, distilled, control, kinds, images=images, set=name)
 
 
 def compare_schedules(
@@ -233,9 +224,6 @@ def compare_schedules(
     distilled: du.DistilledSet,
     control: du.DistilledSet,
     kinds: dict[str, Tensor],
-    make_network: du.Factory = du.LeNet,
-    *,
-    networks: int = 50,
     **columns: str,
 ) -> None:
     """Measures control images with several `kinds` of labels, by as many updates as the distilled set.
@@ -246,12 +234,12 @@ def compare_schedules(
     sets = {}
     for kind, labels in kinds.items():
         undistilled = with_schedule_of(control, control.images, labels)
-        sets["constant", kind] = best_constant_step_size(experiment, undistilled, make_network)
-    validate = partial(validation_accuracy, experiment, make_network=make_network)
-    constant, best = max(sets, key=lambda key: validate(sets[key]))
+        sets["constant", kind] = best_constant_step_size(experiment, undistilled)
+    constant, best = max(sets, key=lambda key: validation_accuracy(experiment, sets[key]))
     images = sets[constant, best]
-    sets["learned", best] = learn_step_sizes(experiment, images, make_network)
+    sets["learned", best] = learn_step_sizes(experiment, images)
     sets["distilled", best] = copy.deepcopy(images).set_step_sizes(distilled.step_sizes)
+    network = {"network": FIXED, "networks": 1} if experiment.fixed else {"networks": 50}
     for (step_sizes, labels), images in sets.items():
-        columns |= {"labels": labels, "step_sizes": step_sizes, "networks": networks}
-        measure_schedule(experiment, images, experiment.dataset.test, make_network, **columns)
+        columns |= {"labels": labels, "step_sizes": step_sizes, **network}
+        measure_schedule(experiment, images, experiment.make_network, **columns)

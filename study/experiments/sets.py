@@ -83,11 +83,11 @@ def distilled_set(
     distilled = make_set(images, labels, epochs=epochs, **inner)
     if window:
         outer = {**KEPT, "unroll": NetworkPool(10, window=window), **outer}
-    name = experiment.distill(distilled, dataset, **{"batch_size": 128, **outer})
+    name = experiment.distill(distilled, **{"batch_size": 128, **outer})
     scheduled = is_scheduled(experiment.name)
     if scheduled or first:
         networks = 100 if scheduled else fewer
-        measure_schedule(experiment, distilled, dataset.test, networks=networks, set=name)
+        measure_schedule(experiment, distilled, networks=networks, set=name)
     if first or not scheduled:
         networks = {"LeNet": Scratch(fewer if scheduled else 100)}
         measure_scratch(experiment, {IMAGES: distilled}, networks, set=name)
@@ -129,10 +129,10 @@ def compressed_set(
     if is_scheduled(experiment.name):
         compressed, content = in_steps(compressed, **SMOOTHED), IMAGES
         outer = {"iterations": 600, "batch_size": 256, "learning_rate": 0.01}
-        name = experiment.distill(compressed, dataset, **outer)
-        measure_schedule(experiment, compressed, dataset.test, set=name)
+        name = experiment.distill(compressed, **outer)
+        measure_schedule(experiment, compressed, set=name)
     else:
-        name = experiment.save(compressed, dataset)
+        name = experiment.save(compressed)
     options = {"steps": 1, "per_class": 4 * per_class, "seed": experiment.seed}
     real = multi_formation(*du.initialize(dataset, "real", **options), factor=2)
     labels = teach(teacher, real.decode().flatten(0, 1))[None]
@@ -232,8 +232,8 @@ def rivalry(experiment: Experiment, *, rival: Rival) -> None:
     distilled = du.DistilledSet(*images, **({"epochs": 300, **CONSTANT} if unrolled else {}))
     if unrolled:
         options = {**KEPT, "learning_rate": 0.05, "unroll": NetworkPool(10, **rival.options)}
-        options["iterations"] = rival.iterations
-        experiment.improve(distilled, mnist, NETWORKS[rival.network], **options)
+        options |= {"iterations": rival.iterations, "make_network": NETWORKS[rival.network]}
+        experiment.improve(distilled, **options)
     elif method in DISTANCES:
         options = {
             "distance": DISTANCES[method],
