@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import distill_utils as du
 
@@ -88,10 +88,12 @@ def make_decoder() -> du.CodeDecoder:
     return decoder
 
 
-def make_set(dataset, kind="real", *, factor=1, decoded=False, **options) -> du.DistilledSet:
+def make_set(
+    dataset, kind="real", *, seed=0, factor=1, decoded=False, **options
+) -> du.DistilledSet:
     """A set of 2 steps and 2 epochs that starts from `kind`, in multi-formation where `factor` is
     above 1; a `decoded` one holds random codes of toy images instead."""
-    images, labels = du.initialize(dataset, kind, steps=2, per_class=factor**2)
+    images, labels = du.initialize(dataset, kind, steps=2, per_class=factor**2, seed=seed)
     options = {"epochs": 2, "step_size": 0.1, **options}
     if factor > 1:
         options["decoder"] = du.MultiFormation(factor)
@@ -103,11 +105,13 @@ def make_set(dataset, kind="real", *, factor=1, decoded=False, **options) -> du.
     return du.DistilledSet(images, labels, **options)
 
 
-def assert_same(first: nn.Module, second: nn.Module) -> None:
-    """Two sets, or networks, hold the same numbers bit by bit."""
-    states = first.state_dict(), second.state_dict()
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def assert_same(first: object, second: object) -> None:
+    """Two sets, networks, or lists and dictionaries of tensors and numbers, are equal bit by bit."""
+    states = [x.state_dict() if isinstance(x, nn.Module) else x for x in (first, second)]
+    (ours, form), (theirs, other) = map(tree_flatten, states)
+    assert form == other
+    pairs = zip(ours, theirs, strict=True)
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 # -------------------------------------------------------------------------------------- notebooks
