@@ -11,7 +11,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 @each_notebook
 def test_it_runs_on_mnist_and_changes_no_file(path, tmp_path, mnist_root):
     before = stamp_files()
-    assert "MNIST: 2,000 test images" in run_notebook(path, tmp_path, mnist_root)
+    assert "MNIST: 500 test images" in run_notebook(path, tmp_path, mnist_root)
     assert stamp_files() == before
 
 

@@ -15,12 +15,9 @@ from study.experiments.protocols import (
 from study.methods.decoders import low_resolution
 
 
-class Normalized(nn.Sequential):
-    """A network with batch normalization."""
-
-    def __init__(self) -> None:
-        layers = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
-        super().__init__(nn.Flatten(), *layers)
+def normalized() -> nn.Module:
+    layers = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def test_batch_normalization_is_tested_in_evaluation_mode(distilled, toy):
     rows = toy.test.labels == 0
     same = du.Split(toy.test.images[rows], toy.test.labels[rows])
     options = {"networks": 3, "epochs": 60, "step_size": 0.05}
-    assert train_from_scratch(distilled, same, Normalized, **options).mean > 95
+    assert train_from_scratch(distilled, same, normalized, **options).mean > 95
 
 
 def test_batch_normalization_takes_its_statistics_from_other_images(distilled, noisy):
@@ -69,7 +66,7 @@ def test_batch_normalization_takes_its_statistics_from_other_images(distilled, n
     shifted = du.Split(noisy.images + 5, noisy.labels)
     options = {"networks": 3, "epochs": 60, "step_size": 0.05}
     plain, informed = (
-        train_from_scratch(distilled, shifted, Normalized, statistics=statistics, **options).mean
+        train_from_scratch(distilled, shifted, normalized, statistics=statistics, **options).mean
         for statistics in (None, shifted.images)
     )
     assert informed > plain + 10
@@ -90,13 +87,13 @@ def test_augmented_training_shows_no_image_twice(distilled, toy):
     assert len({round(total, 4) for total in seen}) == 3 * 12
 
 
-@pytest.mark.parametrize(
-    "option", [{"networks": 0}, {"epochs": 1.5}, {"step_size": 0}, {"optimizer": "sgd"}]
-)
-def test_bad_options_are_named(distilled, toy, smooth, option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name}={value!r}: give"):
-        train_from_scratch(distilled, toy.test, smooth, **option)
+BAD = {"networks": 0, "epochs": 1.5, "step_size": 0, "optimizer": "sgd"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_are_named(distilled, toy, smooth, name):
+    with pytest.raises(ValueError, match=f"{name}={BAD[name]!r}: give"):
+        train_from_scratch(distilled, toy.test, smooth, **{name: BAD[name]})
 
 
 def test_controls_have_the_form_and_the_schedule_of_the_set(toy):
