@@ -62,11 +62,6 @@ class Smooth(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-@pytest.fixture
-def smooth() -> type[nn.Module]:
-    return Smooth
-
-
 def train_plainly(network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
     """Trains a network in place with a set's schedule, by torch's own SGD, and returns it."""
     weights = [weight for weight in network.parameters() if weight.requires_grad]
@@ -117,8 +112,8 @@ def assert_same(first: object, second: object) -> None:
 # -------------------------------------------------------------------------------------- notebooks
 TINY = {"ITERATIONS": 2, "NETWORKS": 2, "EPOCHS": 1}  # by the last word of a parameter's name
 QUICK = """
-best = du.best_constant_step_size
-du.best_constant_step_size = lambda *given, **_: best(*given, networks=1, step_sizes=[0.02])
+choose = du.best_constant_step_size
+du.best_constant_step_size = lambda *given, **_: choose(*given, networks=1, step_sizes=[0.02])
 """
 FEWER_IMAGES = """
 import dataclasses

@@ -11,7 +11,7 @@ import torch
 
 import distill_utils as du
 from study import runs
-from tests.conftest import make_set
+from tests.conftest import Smooth, make_set
 
 REAL = du.pick_device(os.environ.get("DEVICE") or "auto")
 idle = REAL.type == "cpu" and "DEVICE" not in os.environ
@@ -34,10 +34,10 @@ KINDS = {
 
 @pytest.mark.parametrize("networks", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_distillation_is_that_of_the_cpu(device, toy_on_device, toy, smooth, kind, networks):
+def test_distillation_is_that_of_the_cpu(device, toy_on_device, toy, kind, networks):
     options = {"iterations": 3, "networks": networks, "validate_every": 2, "progress": False}
     there, here = (
-        du.Distillation(make_set(data, **KINDS[kind]), data, smooth, **options)
+        du.Distillation(make_set(data, **KINDS[kind]), data, Smooth, **options)
         for data in (toy_on_device, toy)
     )
     assert there.compute_gradient() == pytest.approx(here.compute_gradient(), rel=1e-4)
@@ -47,17 +47,15 @@ def test_distillation_is_that_of_the_cpu(device, toy_on_device, toy, smooth, kin
     assert there.run().loss == pytest.approx(here.run().loss, rel=1e-3)
 
 
-def test_evaluation_training_and_files_are_those_of_the_cpu(
-    device, toy_on_device, toy, smooth, tmp_path
-):
+def test_evaluation_training_and_files_are_those_of_the_cpu(device, toy_on_device, toy, tmp_path):
     sets = [make_set(data, **KINDS["multi-formation"]) for data in (toy_on_device, toy)]
     accuracies = []
     for distilled, data in zip(sets, (toy_on_device, toy), strict=True):
-        accuracies.append(du.evaluate(distilled, data.test, smooth, networks=9).values.tolist())
+        accuracies.append(du.evaluate(distilled, data.test, Smooth, networks=9).values.tolist())
     assert accuracies[0] == pytest.approx(accuracies[1], abs=4)  # one image in thirty
     du.save(sets[0], tmp_path / "toy.safetensors", dataset=toy_on_device)
     torch.testing.assert_close(du.load(tmp_path / "toy.safetensors").images, sets[1].images)
-    network = du.train(smooth().to(device), toy_on_device.train, epochs=20, batch_size=10)
+    network = du.train(Smooth().to(device), toy_on_device.train, epochs=20, batch_size=10)
     assert float(du.accuracy(network, toy_on_device.test)) > 95
 
 

@@ -13,6 +13,7 @@ from study.experiments.protocols import (
     with_schedule_of,
 )
 from study.methods.decoders import low_resolution
+from tests.conftest import Smooth
 
 
 def normalized() -> nn.Module:
@@ -34,14 +35,14 @@ def distilled(toy) -> du.DistilledSet:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_it_is_ordinary_training_and_leaves_the_random_state_alone(distilled, noisy, smooth, name):
+def test_it_is_ordinary_training_and_leaves_the_random_state_alone(distilled, noisy, name):
     """Against torch's own optimizer, on all images at once, where no order matters."""
     options = {"epochs": 7, "step_size": 0.05, "seed": 5, "optimizer": name}
     state = torch.get_rng_state()
-    accuracies = train_from_scratch(distilled, noisy, smooth, networks=2, **options)
+    accuracies = train_from_scratch(distilled, noisy, Smooth, networks=2, **options)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    networks = [smooth() for _ in range(2)]  # all drawn before any is trained
+    networks = [Smooth() for _ in range(2)]  # all drawn before any is trained
     images, labels = (part.detach().flatten(0, 1) for part in (distilled.images, distilled.labels))
     for network, accuracy in zip(networks, accuracies.values, strict=True):
         momentum = {"momentum": 0.9} if name == "SGD" else {}
@@ -91,9 +92,9 @@ BAD = {"networks": 0, "epochs": 1.5, "step_size": 0, "optimizer": "sgd"}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_options_are_named(distilled, toy, smooth, name):
+def test_bad_options_are_named(distilled, toy, name):
     with pytest.raises(ValueError, match=f"{name}={BAD[name]!r}: give"):
-        train_from_scratch(distilled, toy.test, smooth, **{name: BAD[name]})
+        train_from_scratch(distilled, toy.test, Smooth, **{name: BAD[name]})
 
 
 def test_controls_have_the_form_and_the_schedule_of_the_set(toy):
