@@ -357,8 +357,8 @@ def job(tmp_path_factory) -> list[dict]:
 
 
 @forking
-def test_two_processes_take_the_mean_of_their_gradients(job):
-    gradients = []
+def test_two_processes_average_their_gradients_and_have_pools_of_their_own(job):
+    gradients, (first, second) = [], job
     for rank in (0, 1):
         options = {"iterations": 1, "networks": 2, "batch_size": 16, "seed": 3 + (rank << 64)}
         run = du.Distillation(initial(), TOY, Smooth, **options)
@@ -367,11 +367,6 @@ def test_two_processes_take_the_mean_of_their_gradients(job):
     assert not torch.allclose(*gradients)
     for kept in job:
         torch.testing.assert_close(kept["gradient"], (gradients[0] + gradients[1]) / 2)
-
-
-@forking
-def test_two_processes_have_one_set_and_pools_of_their_own(job):
-    first, second = job
     assert_same(first["run"][:2], second["run"][:2])
     with pytest.raises(AssertionError):
         assert_same(first["run"][2], second["run"][2])

@@ -171,20 +171,6 @@ def test_a_full_disk_costs_nothing_that_was_learned(tmp_path, monkeypatch, capsy
     assert names(tmp_path) == ["temporary"]
 
 
-def test_ctrl_c_in_the_test_does_not_touch_the_output(tmp_path, monkeypatch, capsys):
-    evaluate, output = du.evaluate, tmp_path / "set.safetensors"
-
-    def interrupted(distilled, split, *given, **options):
-        if len(split.labels) == 300:  # the test images of digits, not those for validation
-            raise KeyboardInterrupt
-        return evaluate(distilled, split, *given, **options)
-
-    monkeypatch.setattr(du, "evaluate", interrupted)
-    assert run_here(output, "--iterations", 1) == 130
-    assert "written after 1 of 1 iterations" in capsys.readouterr().out
-    assert du.load(output).iterations == 1
-
-
 def test_ctrl_c_writes_what_was_learned_and_the_same_command_goes_on(tmp_path, monkeypatch):
     output, unroll, calls = tmp_path / "set.safetensors", du.unroll, []
     line = (output, "--iterations", 8, "--checkpoint", tmp_path / "run.pt")
