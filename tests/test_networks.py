@@ -90,11 +90,6 @@ def test_evaluation_trains_fresh_networks_as_torch_does_and_leaves_all_as_it_was
     assert all(parameter.grad is None for parameter in distilled.parameters())
 
 
-def test_accuracies_are_printed_with_their_standard_deviation():
-    assert str(du.Accuracies(torch.tensor([90.0, 92.0]))) == "91.0 ± 1.4%"
-    assert str(du.Accuracies(torch.tensor([90.0]))) == "90.0%"
-
-
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_training_is_torchs_in_place_and_in_batches(toy, probabilities):
     images, labels = toy.train.images, F.one_hot(toy.train.labels).float()

@@ -10,18 +10,13 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import distill_utils as du
-from study.methods.decoders import (
-    augment,
-    augmented,
-    fit_decoder,
-    low_resolution,
-    multi_formation,
-    stored_floats,
-    teach,
-    train_teacher,
-)
+from study.methods import decoders
+from study.methods.decoders import augment, fit_decoder, stored_floats, teach
 
-SMALLER = [(low_resolution, (4, 14)), (partial(multi_formation, factor=2), (1, 28))]
+SMALLER = [
+    (decoders.low_resolution, (4, 14)),
+    (partial(decoders.multi_formation, factor=2), (1, 28)),
+]
 
 
 @pytest.mark.parametrize(("parametrize", "shape"), SMALLER)
@@ -39,7 +34,7 @@ def test_smooth_images_come_back_from_fewer_pixels(parametrize, shape):
 def test_every_step_and_call_draws_transforms(toy):
     images, labels = du.initialize(toy, "real", steps=1)
     state = torch.get_rng_state()
-    distilled = augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
+    distilled = decoders.augmented(images.repeat(2, 1, 1, 1, 1), labels.repeat(2, 1, 1), epochs=2)
     assert torch.equal(torch.get_rng_state(), state)
     first, again = distilled.decode(), distilled.decode()
     assert not torch.equal(first, again)
@@ -89,7 +84,7 @@ def digits() -> du.Dataset:
 
 @pytest.fixture(scope="module")
 def teacher(digits) -> du.Ensemble:
-    return train_teacher(digits, networks=2, epochs=6)
+    return decoders.train_teacher(digits, networks=2, epochs=6)
 
 
 def fit(digits, teacher, **options) -> tuple[du.DistilledSet, du.DistilledSet]:

@@ -5,13 +5,8 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study.experiments.protocols import (
-    hard_labels,
-    label_kinds,
-    train_from_scratch,
-    undistilled_sets,
-    with_schedule_of,
-)
+from study.experiments import protocols
+from study.experiments.protocols import train_from_scratch
 from study.methods.decoders import low_resolution
 from tests.conftest import Smooth
 
@@ -100,20 +95,13 @@ def test_bad_options_are_named(distilled, toy, name):
 def test_controls_have_the_form_and_the_schedule_of_the_set(toy):
     options = {"epochs": 3, "step_size": torch.rand(6), "optimizer": "Adam", "soft_labels": True}
     low = low_resolution(*du.initialize(toy, "real", steps=2), **options)
-    control = with_schedule_of(low, low.images.detach() + 1, hard_labels(low.labels))
+    control = protocols.with_schedule_of(
+        low, low.images.detach() + 1, protocols.hard_labels(low.labels)
+    )
     torch.testing.assert_close(control.step_sizes, low.step_sizes)
     assert control.inner == low.inner
     assert control.decode().shape == low.decode().shape
     assert torch.equal(control.labels.sum(-1), control.labels.max(-1).values)
-    kinds = label_kinds(low, control.labels)
+    kinds = protocols.label_kinds(low, control.labels)
     assert list(kinds) == ["true", "smoothed by 0.1", "smoothed by 0.3", "distilled"]
     assert all((labels.argmax(-1) == control.labels.argmax(-1)).all() for labels in kinds.values())
-
-
-def test_undistilled_images_are_packed_as_the_set_is(toy):
-    decoder = du.MultiFormation(2)
-    images, labels = du.initialize(toy, "real", steps=2, per_class=4)
-    packed = du.DistilledSet(decoder.pack(images), labels, decoder=decoder)
-    for control in undistilled_sets(packed, toy).values():
-        assert control.images.shape == packed.images.shape
-        assert torch.equal(control.labels, packed.labels)
