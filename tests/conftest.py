@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import distill_utils as du
 
@@ -62,11 +62,6 @@ class Smooth(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-@pytest.fixture
-def smooth() -> type[nn.Module]:
-    return Smooth
-
-
 def train_plainly(network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
     """Trains a network in place with a set's schedule, by torch's own SGD, and returns it."""
     weights = [weight for weight in network.parameters() if weight.requires_grad]
@@ -88,10 +83,12 @@ def make_decoder() -> du.CodeDecoder:
     return decoder
 
 
-def make_set(dataset, kind="real", *, factor=1, decoded=False, **options) -> du.DistilledSet:
+def make_set(
+    dataset, kind="real", *, seed=0, factor=1, decoded=False, **options
+) -> du.DistilledSet:
     """A set of 2 steps and 2 epochs that starts from `kind`, in multi-formation where `factor` is
     above 1; a `decoded` one holds random codes of toy images instead."""
-    images, labels = du.initialize(dataset, kind, steps=2, per_class=factor**2)
+    images, labels = du.initialize(dataset, kind, steps=2, per_class=factor**2, seed=seed)
     options = {"epochs": 2, "step_size": 0.1, **options}
     if factor > 1:
         options["decoder"] = du.MultiFormation(factor)
@@ -103,20 +100,26 @@ def make_set(dataset, kind="real", *, factor=1, decoded=False, **options) -> du.
     return du.DistilledSet(images, labels, **options)
 
 
-def assert_same(first: nn.Module, second: nn.Module) -> None:
-    """Two sets, or networks, hold the same numbers bit by bit."""
-    states = first.state_dict(), second.state_dict()
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def assert_same(first: object, second: object) -> None:
+    """Two sets, networks, or lists and dictionaries of tensors and numbers, are equal bit by bit."""
+    states = [x.state_dict() if isinstance(x, nn.Module) else x for x in (first, second)]
+    (ours, form), (theirs, other) = map(tree_flatten, states)
+    assert form == other
+    pairs = zip(ours, theirs, strict=True)
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 # -------------------------------------------------------------------------------------- notebooks
 TINY = {"ITERATIONS": 2, "NETWORKS": 2, "EPOCHS": 1}  # by the last word of a parameter's name
+QUICK = """
+choose = du.best_constant_step_size
+du.best_constant_step_size = lambda *given, **_: choose(*given, networks=1, step_sizes=[0.02])
+"""
 FEWER_IMAGES = """
 import dataclasses
 def fewer(mnist):
     names = "train", "validation", "test"
-    splits = {name: du.Split(*(part[:2000] for part in getattr(mnist, name))) for name in names}
+    splits = {name: du.Split(*(part[:500] for part in getattr(mnist, name))) for name in names}
     return dataclasses.replace(mnist, **splits)
 load, du.load_mnist = du.load_mnist, lambda *given, **options: fewer(load(*given, **options))
 """
@@ -128,7 +131,7 @@ torchvision.datasets.MNIST.download = fail
 
 
 def run_notebook(path: Path, out: Path, mnist_root: str = "", *, folder: Path = ROOT) -> str:
-    """Runs a notebook in `folder` with tiny parameters, on 2,000 images of each split of MNIST, or
+    """Runs a notebook in `folder` with tiny parameters, on 500 images of each split of MNIST, or
     where that can be neither read nor downloaded; returns what it prints, without any warning."""
     book = nbformat.read(path, as_version=4)
     (cell,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
@@ -136,7 +139,7 @@ def run_notebook(path: Path, out: Path, mnist_root: str = "", *, folder: Path = 
     tiny = {name: TINY[word] for name in names if (word := name.split("_")[-1]) in TINY}
     values = {**tiny, "DEVICE": "cpu", "OUT": str(out), "DATA_ROOT": mnist_root or f"{out}/none"}
     cell.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
-    cell.source += FEWER_IMAGES if mnist_root else NO_NETWORK
+    cell.source += QUICK + (FEWER_IMAGES if mnist_root else NO_NETWORK)
     resources = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(book, timeout=600, resources=resources).execute()
     text = read_outputs(book)

@@ -25,9 +25,8 @@ def test_mnist_is_split_55_5_10_and_normalized(mnist_root):
 def test_splits_are_disjoint_the_same_in_every_run_and_leave_the_test_images_as_given():
     pixels, labels = torch.arange(100.0).view(100, 1, 1, 1) / 100, torch.arange(100) % 2
     pairs = [(pixels, labels)] * 2
-    dataset, again = (
-        du.make_dataset("count", *pairs, validation=20, device="cpu") for _ in range(2)
-    )
+    options = {"validation": 20, "device": "cpu"}
+    dataset, again = (du.make_dataset("count", *pairs, **options) for _ in range(2))
     splits = (split.images.flatten() for split in (dataset.train, dataset.validation, dataset.test))
     numbers = [(part * dataset.std + dataset.mean).mul(100).round().long() for part in splits]
     assert torch.equal(torch.cat(numbers[:2]).sort().values, torch.arange(100))
@@ -68,15 +67,10 @@ def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
             du.load_mnist(tmp_path / "data", device="cpu")
 
 
-DAMAGES = {
-    "cut": lambda content: content[: len(content) // 2],
-    "zeroed": lambda content: bytes(len(content)),
-    "empty": lambda content: b"",
-    "junk": lambda content: b"<html>",
-}
+DAMAGES = [lambda content: content[:4000], lambda content: bytes(len(content)), lambda _: b"<html>"]
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut", "zeroed", "junk"])
 def test_damaged_mnist_files_are_named_and_kept(tmp_path, mnist_root, damage):
     source, raw = Path(mnist_root) / "MNIST" / "raw", tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)

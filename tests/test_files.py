@@ -126,6 +126,9 @@ def test_equal_sets_give_equal_files_which_replace_older_ones_whole_or_not_at_al
     diverged.images.data.fill_(math.nan)
     with pytest.raises(ValueError, match=r"toy\.safetensors': the set has values that are not fin"):
         du.save(diverged, path, dataset=toy)
+    with pytest.raises(KeyboardInterrupt), du.replacing(path) as unfinished:  # noqa: PT012
+        unfinished.write_text("half of it")
+        raise KeyboardInterrupt
     assert {path.read_bytes()} == contents
     assert [*path.parent.iterdir()] == [path], "and nothing else is left in the folder"
 

@@ -1,5 +1,5 @@
-"""The tutorial runs whole and says what the module does; stored notebooks come from one clean run;
-the README's program and links hold."""
+"""The notebooks run whole, with MNIST or without; the tutorial says what the module does; stored
+notebooks come from one clean run; the README's program and links hold."""
 
 import json
 import math
@@ -69,6 +69,19 @@ def test_what_the_notebook_claims_held_for_five_seeds():
     assert (fixed.accuracy > fixed["its accuracy"] + 30).all(), "no control comes near"
     for rows in (hundred, ten):
         assert (rows.lead > 2 * rows["standard error"]).all()
+
+
+@pytest.mark.parametrize("path", STORED[1:], ids=lambda path: path.stem)
+def test_a_notebook_of_the_study_runs_with_mnist_and_without(
+    path, tmp_path, mnist_root, monkeypatch
+):
+    before = stamp_files()
+    assert "MNIST: 500 test images" in run_notebook(path, tmp_path, mnist_root)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # where Jupyter starts it from its folder
+    text = run_notebook(path, tmp_path, folder=path.parent)
+    assert "Without MNIST" in text
+    assert "(n=100)" in text
+    assert stamp_files() == before
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)

@@ -1,11 +1,13 @@
-"""The core stands alone, is small and loads fast."""
+"""The core stands alone, is small, loads fast, and is installed with its distilled sets alone."""
 
 import ast
 import inspect
 import io
+import re
 import subprocess
 import sys
 import tokenize
+import zipfile
 
 import distill_utils as du
 from tests.conftest import ROOT
@@ -39,3 +41,21 @@ def test_importing_the_core_is_light():
     run = subprocess.run([sys.executable, "-c", code], **options)
     assert run.stdout == "set()\n"
     assert "Warning" not in run.stderr
+
+
+def test_the_wheel_holds_the_module_and_the_sets_and_needs_what_the_module_imports(tmp_path):
+    options = "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(ROOT)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    file = zipfile.ZipFile(wheel)
+    names = {name for name in file.namelist() if ".dist-info/" not in name}
+    sets = {f"distilled/{path.name}" for path in (ROOT / "distilled").iterdir()}
+    assert names == {"distill_utils.py", *sets}
+    (metadata,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+    needed = re.findall(r"^Requires-Dist: (.*)", file.read(metadata).decode(), re.MULTILINE)
+    assert set(needed) <= set((ROOT / "requirements.txt").read_text().splitlines())
+    imports = r"^ *(?:import|from) (\w+)[\w.]*(?: import| as|$)"
+    imported = {*re.findall(imports, TEXT, re.MULTILINE)}
+    packages = {re.match(r"[\w-]+", line)[0] for line in needed}
+    modules = {"sklearn" if name == "scikit-learn" else name for name in packages}
+    assert modules == imported - sys.stdlib_module_names

@@ -15,6 +15,7 @@ from study import export
 from study.experiments.experiment import ROOT
 from study.experiments.protocols import ADAM
 from study.results import Results
+from tests.conftest import assert_same
 
 NAMES = sorted(path.stem for path in (ROOT / "distilled").glob("*.safetensors"))
 
@@ -41,10 +42,8 @@ def test_the_exported_images_are_those_that_networks_see(folder, name, tmp_path,
     assert place.tolist() == list(range(len(table)))
     preview = np.array(table[3]["preview"])
     assert (preview.shape, preview.dtype) == ((28, 28), np.uint8)
-    kinds = {"images": images, "labels": labels, "lr": distilled.step_sizes}
-    for kind, expected in kinds.items():
-        tensor = torch.load(folder / name / f"{kind}.pt", weights_only=True)
-        assert torch.equal(tensor, expected)
+    tensors = {path.stem: torch.load(path, weights_only=True) for path in (folder / name).iterdir()}
+    assert_same(tensors, {"images": images, "labels": labels, "lr": distilled.step_sizes})
 
 
 def test_the_readme_has_a_config_for_each_set(folder):
@@ -68,8 +67,6 @@ def test_the_documented_program_reaches_the_stored_accuracy(folder, library, mni
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     columns = {"experiment": "mnist-ipc10-compressed", "network": "MLP", "training": ADAM}
-    columns |= {
-        "images": "compressed",
-        "labels": "true" if library == "scikit-learn" else "teacher",
-    }
+    labels = "true" if library == "scikit-learn" else "teacher"
+    columns |= {"images": "compressed", "labels": labels}
     assert float(run.stdout.strip().rstrip("%")) > Results().accuracies(**columns).mean - 1.5

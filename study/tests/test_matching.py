@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import distill_utils as du
 from study.methods.matching import feature_distance, gradient_distance, match
+from tests.conftest import Smooth, assert_same
 
 LABEL = torch.tensor([0.0, 1.0, 0.0]).double()
 
@@ -29,46 +30,37 @@ def feature_distance_by_hand(network, synthetic: Tensor, real: Tensor) -> float:
     return float((features[0].mean(0) - features[1].mean(0)).norm() ** 2)
 
 
-@pytest.mark.parametrize(
-    ("distance", "by_hand"),
-    [
-        (gradient_distance, gradient_distance_by_hand),
-        (feature_distance, feature_distance_by_hand),
-    ],
-)
-def test_a_distance_and_its_gradient_are_those_of_independent_computations(
-    smooth, distance, by_hand
-):
-    network, real = smooth().double(), torch.randn(5, 1, 4, 4).double()
+HAND = {gradient_distance: gradient_distance_by_hand, feature_distance: feature_distance_by_hand}
+
+
+@pytest.mark.parametrize("distance", HAND)
+def test_a_distance_and_its_gradient_are_those_of_independent_computations(distance):
+    network, real = Smooth().double(), torch.randn(5, 1, 4, 4).double()
     synthetic = torch.randn(2, 1, 4, 4).double().requires_grad_()
     found = float(distance(network, synthetic, real, LABEL).detach())
-    assert found == pytest.approx(by_hand(network, synthetic.detach(), real))
+    assert found == pytest.approx(HAND[distance](network, synthetic.detach(), real))
     assert torch.autograd.gradcheck(lambda x: distance(network, x, real, LABEL), (synthetic,))
 
 
-@pytest.mark.parametrize(
-    ("distance", "options"),
-    [
-        (gradient_distance, {"learning_rate": 1.0, "matches": 3, "updates": 2}),
-        (feature_distance, {"learning_rate": 3.0}),
-    ],
-)
-def test_matching_improves_noise_and_repeats(toy, smooth, distance, options):
-    before, first, second = (
-        du.DistilledSet(
-            *du.initialize(toy, "noise", steps=1, per_class=2), epochs=30, step_size=0.1
-        )
-        for _ in range(3)
-    )
-    for distilled in (first, second):
-        options = {"iterations": 60, "batch_size": 16, **options}
-        match(distilled, toy, smooth, distance=distance, **options)
-    assert torch.equal(first.images, second.images)
-    accuracies = [du.evaluate(x, toy.test, smooth, networks=5).mean for x in (before, first)]
+OPTIONS = {
+    gradient_distance: {"learning_rate": 1.0, "matches": 3, "updates": 2},
+    feature_distance: {"learning_rate": 3.0},
+}
+
+
+@pytest.mark.parametrize("distance", OPTIONS)
+def test_matching_improves_noise_and_repeats(toy, distance):
+    images, labels = du.initialize(toy, "noise", steps=1, per_class=2)
+    sets = [du.DistilledSet(images, labels, epochs=30, step_size=0.1) for _ in range(3)]
+    for distilled in sets[1:]:
+        options = {"iterations": 60, "batch_size": 16, **OPTIONS[distance]}
+        match(distilled, toy, Smooth, distance=distance, **options)
+    assert_same(sets[1], sets[2])
+    accuracies = [du.evaluate(x, toy.test, Smooth, networks=5).mean for x in sets[:2]]
     assert accuracies[0] < 60 < 95 < accuracies[1]
 
 
-def test_sets_of_several_steps_are_refused(toy, smooth):
+def test_sets_of_several_steps_are_refused(toy):
     distilled = du.DistilledSet(*du.initialize(toy, "noise", steps=2))
     with pytest.raises(ValueError, match="distilled: has 2 steps; give a set of one step"):
-        match(distilled, toy, smooth, distance=feature_distance, iterations=1, learning_rate=1.0)
+        match(distilled, toy, Smooth, distance=feature_distance, iterations=1, learning_rate=1.0)

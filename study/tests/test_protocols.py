@@ -5,22 +5,15 @@ import torch
 from torch import nn
 
 import distill_utils as du
-from study.experiments.protocols import (
-    hard_labels,
-    label_kinds,
-    train_from_scratch,
-    undistilled_sets,
-    with_schedule_of,
-)
+from study.experiments import protocols
+from study.experiments.protocols import train_from_scratch
 from study.methods.decoders import low_resolution
+from tests.conftest import Smooth
 
 
-class Normalized(nn.Sequential):
-    """A network with batch normalization."""
-
-    def __init__(self) -> None:
-        layers = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
-        super().__init__(nn.Flatten(), *layers)
+def normalized() -> nn.Module:
+    layers = nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 @pytest.fixture
@@ -37,14 +30,14 @@ def distilled(toy) -> du.DistilledSet:
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_it_is_ordinary_training_and_leaves_the_random_state_alone(distilled, noisy, smooth, name):
+def test_it_is_ordinary_training_and_leaves_the_random_state_alone(distilled, noisy, name):
     """Against torch's own optimizer, on all images at once, where no order matters."""
     options = {"epochs": 7, "step_size": 0.05, "seed": 5, "optimizer": name}
     state = torch.get_rng_state()
-    accuracies = train_from_scratch(distilled, noisy, smooth, networks=2, **options)
+    accuracies = train_from_scratch(distilled, noisy, Smooth, networks=2, **options)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    networks = [smooth() for _ in range(2)]  # all drawn before any is trained
+    networks = [Smooth() for _ in range(2)]  # all drawn before any is trained
     images, labels = (part.detach().flatten(0, 1) for part in (distilled.images, distilled.labels))
     for network, accuracy in zip(networks, accuracies.values, strict=True):
         momentum = {"momentum": 0.9} if name == "SGD" else {}
@@ -61,7 +54,7 @@ def test_batch_normalization_is_tested_in_evaluation_mode(distilled, toy):
     rows = toy.test.labels == 0
     same = du.Split(toy.test.images[rows], toy.test.labels[rows])
     options = {"networks": 3, "epochs": 60, "step_size": 0.05}
-    assert train_from_scratch(distilled, same, Normalized, **options).mean > 95
+    assert train_from_scratch(distilled, same, normalized, **options).mean > 95
 
 
 def test_batch_normalization_takes_its_statistics_from_other_images(distilled, noisy):
@@ -69,7 +62,7 @@ def test_batch_normalization_takes_its_statistics_from_other_images(distilled, n
     shifted = du.Split(noisy.images + 5, noisy.labels)
     options = {"networks": 3, "epochs": 60, "step_size": 0.05}
     plain, informed = (
-        train_from_scratch(distilled, shifted, Normalized, statistics=statistics, **options).mean
+        train_from_scratch(distilled, shifted, normalized, statistics=statistics, **options).mean
         for statistics in (None, shifted.images)
     )
     assert informed > plain + 10
@@ -90,32 +83,25 @@ def test_augmented_training_shows_no_image_twice(distilled, toy):
     assert len({round(total, 4) for total in seen}) == 3 * 12
 
 
-@pytest.mark.parametrize(
-    "option", [{"networks": 0}, {"epochs": 1.5}, {"step_size": 0}, {"optimizer": "sgd"}]
-)
-def test_bad_options_are_named(distilled, toy, smooth, option):
-    ((name, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{name}={value!r}: give"):
-        train_from_scratch(distilled, toy.test, smooth, **option)
+BAD = {"networks": 0, "epochs": 1.5, "step_size": 0, "optimizer": "sgd"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options_are_named(distilled, toy, name):
+    with pytest.raises(ValueError, match=f"{name}={BAD[name]!r}: give"):
+        train_from_scratch(distilled, toy.test, Smooth, **{name: BAD[name]})
 
 
 def test_controls_have_the_form_and_the_schedule_of_the_set(toy):
     options = {"epochs": 3, "step_size": torch.rand(6), "optimizer": "Adam", "soft_labels": True}
     low = low_resolution(*du.initialize(toy, "real", steps=2), **options)
-    control = with_schedule_of(low, low.images.detach() + 1, hard_labels(low.labels))
+    control = protocols.with_schedule_of(
+        low, low.images.detach() + 1, protocols.hard_labels(low.labels)
+    )
     torch.testing.assert_close(control.step_sizes, low.step_sizes)
     assert control.inner == low.inner
     assert control.decode().shape == low.decode().shape
     assert torch.equal(control.labels.sum(-1), control.labels.max(-1).values)
-    kinds = label_kinds(low, control.labels)
+    kinds = protocols.label_kinds(low, control.labels)
     assert list(kinds) == ["true", "smoothed by 0.1", "smoothed by 0.3", "distilled"]
     assert all((labels.argmax(-1) == control.labels.argmax(-1)).all() for labels in kinds.values())
-
-
-def test_undistilled_images_are_packed_as_the_set_is(toy):
-    decoder = du.MultiFormation(2)
-    images, labels = du.initialize(toy, "real", steps=2, per_class=4)
-    packed = du.DistilledSet(decoder.pack(images), labels, decoder=decoder)
-    for control in undistilled_sets(packed, toy).values():
-        assert control.images.shape == packed.images.shape
-        assert torch.equal(control.labels, packed.labels)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import distill_utils as du
+from study.__main__ import EXPERIMENTS
 from study.experiments.experiment import RESULTS, ROOT, WHAT, add_rows
 from study.experiments.sets import COMPRESSED, RECIPES, is_scheduled
 from study.results import (
@@ -54,8 +55,6 @@ def test_a_table_has_mean_deviation_and_n(small):
 
 
 def test_every_stored_row_belongs_to_an_experiment_and_names_a_set_that_loads():
-    from study.__main__ import EXPERIMENTS
-
     results = Results()
     assert set(results.measurements.experiment) <= set(EXPERIMENTS)
     assert not results.measurements.value.isna().any()
@@ -105,8 +104,6 @@ def test_a_control_is_undistilled_and_the_strongest_of_its_training(name):
 
 
 def test_the_documented_example_prints_the_main_result(capsys):
-    (program,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "study" / "README.md").read_text(), re.DOTALL
-    )
-    exec(program, {})
+    readme = (ROOT / "study" / "README.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
     assert capsys.readouterr().out == "83.2 ± 1.8%\n"

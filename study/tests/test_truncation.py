@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import distill_utils as du
 from study.methods.truncation import Checkpointed, NetworkPool, RandomWindow
-from tests.conftest import Smooth
+from tests.conftest import Smooth, assert_same, make_set
 
 INNERS = {"SGD": {}, "momentum": {"momentum": 0.9}, "Adam": {"optimizer": "Adam"}}
 UNROLLS = {
@@ -36,9 +36,8 @@ def inner(request) -> dict:
 @pytest.fixture
 def distilled(toy, inner) -> du.DistilledSet:
     """2 steps × 3 images with soft labels and 6 different step sizes, in float64."""
-    images, labels = du.initialize(toy, "noise", steps=2)
-    options = {"epochs": 3, "step_size": torch.linspace(0.02, 0.05, 6), "soft_labels": True}
-    return du.DistilledSet(images, labels, **options, **inner).double()
+    step_size = torch.linspace(0.02, 0.05, 6)
+    return make_set(toy, "noise", epochs=3, step_size=step_size, soft_labels=True, **inner).double()
 
 
 @pytest.fixture
@@ -89,13 +88,10 @@ def test_a_window_has_the_gradient_of_its_updates_alone(distilled, real, network
 
 
 def test_windows_lie_everywhere_and_repeat():
-    places = []
-    for seed in (0, 0, 1):
-        window = RandomWindow(2, seed=seed)
-        for window.calls in range(50):
-            places.append(window.place(4))
-    assert set(places[:50]) == {0, 1, 2}
-    assert places[:50] == places[50:100] != places[100:]
+    windows = [RandomWindow(2, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = ([w.place(4) for w.calls in range(50)] for w in windows)
+    assert set(first) == {0, 1, 2}
+    assert first == again != other
 
 
 # ------------------------------------------------------------------------------------------ network pool
@@ -156,24 +152,23 @@ def test_a_state_on_disk_continues_bit_identically(distilled, real, kind, tmp_pa
         torch.save(unroll.state_dict(), tmp_path / "state.pt")
         unroll = UNROLLS[kind]()
         unroll.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+    assert_same(resumed, whole)
 
 
 @pytest.mark.parametrize("kind", UNROLLS)
 def test_networks_and_the_random_state_stay_as_they_are(distilled, kind):
     network, state = make_networks(2, PartlyFrozen), torch.get_rng_state()
-    before = copy.deepcopy(network.state_dict())
+    before = copy.deepcopy(network)
     UNROLLS[kind]()(network, distilled)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert_same(network, before)
 
 
 @pytest.mark.parametrize("kind", UNROLLS)
 def test_a_device_gives_what_the_cpu_gives(device, toy_on_device, toy, inner, kind):
     losses = []
     for dataset in (toy_on_device, toy):
-        content = du.initialize(dataset, "real", steps=2)
-        distilled = du.DistilledSet(*content, epochs=2, step_size=0.1, **inner)
+        distilled = make_set(dataset, **inner)
         options = {"iterations": 3, "networks": 2, "unroll": UNROLLS[kind]()}
         run = du.Distillation(distilled, dataset, Smooth, **options)
         losses.append([run.step() for _ in range(3)])
@@ -181,22 +176,23 @@ def test_a_device_gives_what_the_cpu_gives(device, toy_on_device, toy, inner, ki
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: RandomWindow(0), "length=0: give a whole number of at least 1"),
-        (lambda: RandomWindow(2, seed=-1), "seed=-1: give at least 0"),
-        (lambda: RandomWindow(7).place(6), "length=7: give at most the 6 updates"),
-        (lambda: NetworkPool(1.5, window=2), "size=1.5: give a whole number"),
-        (lambda: NetworkPool(2, window=None), "window=None: give a whole number"),
-        (lambda: NetworkPool(2, window=4).turn(6), "window=4: give a number that divides the 6"),
-        (
-            lambda: NetworkPool(2, window=1).load_state_dict(NetworkPool(1, window=1).state_dict()),
-            "state: it has 1 networks; give that of a pool of size=2",
-        ),
-        (lambda: Checkpointed(-1), "segment=-1: give a whole number"),
-    ],
-)
+def load_other_pool() -> None:
+    NetworkPool(2, window=1).load_state_dict(NetworkPool(1, window=1).state_dict())
+
+
+BAD = [
+    (lambda: RandomWindow(0), "length=0: give a whole number of at least 1"),
+    (lambda: RandomWindow(2, seed=-1), "seed=-1: give at least 0"),
+    (lambda: RandomWindow(7).place(6), "length=7: give at most the 6 updates"),
+    (lambda: NetworkPool(1.5, window=2), "size=1.5: give a whole number"),
+    (lambda: NetworkPool(2, window=None), "window=None: give a whole number"),
+    (lambda: NetworkPool(2, window=4).turn(6), "window=4: give a number that divides the 6"),
+    (load_other_pool, "state: it has 1 networks; give that of a pool of size=2"),
+    (lambda: Checkpointed(-1), "segment=-1: give a whole number"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
