@@ -42,7 +42,9 @@ def test_the_exported_images_are_those_that_networks_see(folder, name, tmp_path,
     assert place.tolist() == list(range(len(table)))
     preview = np.array(table[3]["preview"])
     assert (preview.shape, preview.dtype) == ((28, 28), np.uint8)
-    tensors = {path.stem: torch.load(path, weights_only=True) for path in (folder / name).iterdir()}
+    tensors = {
+        path.stem: torch.load(path, weights_only=True) for path in sorted((folder / name).iterdir())
+    }
     assert_same(tensors, {"images": images, "labels": labels, "lr": distilled.step_sizes})
 
 
