@@ -266,6 +266,8 @@ class DistilledSet(nn.Module):
         label_smoothing: share of the uniform distribution in initial soft labels, above 0, up to 1.
         optimizer: the inner optimizer, "SGD" or "Adam".
         momentum: momentum of SGD.
+        bits: of a number where `save` shall store few, 2 to 16: images, labels and the decoder's
+            weights are rounded, and gradients pass as if they were not (Bengio et al. 2013).
 
     `inner` holds epochs, optimizer and momentum; `iterations` [] counts outer iterations so far.
     Raises ValueError where shapes or ranges are wrong.
@@ -283,6 +285,7 @@ class DistilledSet(nn.Module):
         label_smoothing: float = 0.5,
         optimizer: str = "SGD",
         momentum: float = 0.0,
+        bits: int | None = None,
     ) -> None:
         super().__init__()
         images = torch.as_tensor(images, dtype=torch.get_default_dtype())
@@ -290,11 +293,13 @@ class DistilledSet(nn.Module):
         sound = images.dim() == 5 and 0 not in images.shape and images.isfinite().all()
         require(sound, f"images: {list(images.shape)}; give finite numbers [steps, n, c, h, w]")
         require_counts(epochs=epochs)
+        require(bits in (None, *range(2, 17)), f"{bits=}: give a whole number of 2 to 16")
         require(0 < label_smoothing <= 1, f"{label_smoothing=}: give more than 0 and at most 1")
         sound = optimizer == "SGD" or (optimizer == "Adam" and momentum == 0)
         require(sound, f"{optimizer=}, {momentum=}: give SGD, or Adam and no momentum")
         self.inner = {"epochs": int(epochs), "optimizer": optimizer, "momentum": float(momentum)}
         self.images, self.decoder = nn.Parameter(images.clone()), decoder or nn.Identity()
+        self.bits = bits
         self.register_buffer("iterations", torch.tensor(0))
         self.raw_step_sizes = nn.Parameter(images.new_empty(self.updates))
         self.set_step_sizes(step_size)
@@ -318,7 +323,9 @@ class DistilledSet(nn.Module):
     @property
     def labels(self) -> Tensor:
         """[steps, n, classes], probabilities."""
-        return self.label_scores.softmax(-1) if hasattr(self, "label_scores") else self.hard_labels
+        if hasattr(self, "label_scores"):
+            return rounded(self.label_scores, self.bits).softmax(-1)
+        return self.hard_labels
 
     @property
     def step_sizes(self) -> Tensor:
@@ -336,7 +343,10 @@ class DistilledSet(nn.Module):
 
     def decode(self) -> Tensor:
         """The images as networks see them, [steps, n, c, h, w]."""
-        return self.decoder(self.images)
+        if self.bits is None:
+            return self.decoder(self.images)
+        weights = {name: rounded(w, self.bits) for name, w in self.decoder.named_parameters()}
+        return functional_call(self.decoder, weights, (rounded(self.images, self.bits),))
 
     def schedule(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Images [n, c, h, w], labels [n, classes] and step size [] of each update in turn."""
@@ -350,6 +360,24 @@ class DistilledSet(nn.Module):
         if self.inner["optimizer"] == "Adam":
             return torch.optim.Adam(parameters, lr=1.0, **ADAM)
         return torch.optim.SGD(parameters, lr=1.0, momentum=self.inner["momentum"])
+
+
+def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers below 2**bits on a grid, its scale [] and offset []: values are about numbers ×
+    scale + offset. Extreme values are clipped, more of them where bits are few."""
+    tail, most = 4.0**-bits, 2**bits - 1
+    low = values.quantile(tail, interpolation="lower")  # so that what is rounded stays
+    high = values.quantile(1 - tail, interpolation="higher")
+    scale = ((high - low) / most).clamp_min(1e-12)
+    return ((values - low) / scale).round().clamp(0, most), scale, low
+
+
+def rounded(values: Tensor, bits: int | None) -> Tensor:
+    """Values on the grid of `quantize`, with the gradient of the values themselves."""
+    if bits is None:
+        return values
+    numbers, scale, offset = quantize(values.detach(), bits if values.dim() > 1 else 16)
+    return values + (numbers * scale + offset - values).detach()
 
 
 # -------------------------------------------------------------------------------------- decoders
@@ -789,6 +817,9 @@ def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes
     `notes`, as network="LeNet", go with it."""
     decoder, tensors = distilled.decoder, {name: getattr(distilled, name) for name in TENSORS}
     tensors |= decoder.state_dict(prefix="decoder.")
+    if distilled.bits:
+        scores = tensors.pop("labels").clamp_min(1e-4).log()
+        tensors["label_scores"] = getattr(distilled, "label_scores", scores)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     finite = all(tensor.isfinite().all() for tensor in tensors.values())
     require(finite, f"path='{path}': the set has values that are not finite, and load refuses them")
@@ -803,6 +834,15 @@ def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes
         "decoder": type(decoder).__name__,
         "decoder_options": getattr(decoder, "options", {}),
     }
+    if distilled.bits:
+        metadata["grids"] = {}
+        for name, values in tensors.items():
+            bits = distilled.bits if values.dim() > 1 else 16  # few numbers, as step sizes
+            numbers, scale, offset = quantize(values, bits)
+            grid = [bits, float(scale), float(offset), list(values.shape)]
+            metadata["grids"][name] = grid
+            binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
+            tensors[name] = torch.from_numpy(np.packbits(binary.numpy()))
     metadata["sha256"] = hashlib.sha256(to_bytes(tensors, metadata)).hexdigest()
     with replacing(path) as unfinished:
         unfinished.write_bytes(to_bytes(tensors, metadata))
@@ -833,8 +873,8 @@ def load(
     """Loads a set of the folder `distilled` by its name, or what `save` wrote by its path.
 
     A set with a decoder of your own needs a `decoder` of that class, which takes the weights of the
-    file. Labels come back fixed, soft ones too. Raises ValueError where there is no such set, or
-    where its file is damaged or contradicts itself.
+    file. Labels come back fixed, soft ones too, and few bits as floats. Raises ValueError where
+    there is no such set, or where its file is damaged or contradicts itself.
     """
     folder = Path(__file__).with_name("distilled")
     known = {file.stem: file for file in folder.glob("*.safetensors")}
@@ -851,6 +891,12 @@ def load(
         require(decoder or kind in DECODERS, remedy)
         decoder = (decoder or DECODERS[kind](**metadata["decoder_options"])).to(device)
         require(type(decoder).__name__ == kind, f"its decoder is of the class {kind}")
+        for key, (bits, scale, offset, shape) in metadata.get("grids", {}).items():
+            binary = np.unpackbits(tensors[key].cpu().numpy(), count=bits * math.prod(shape))
+            numbers = binary.reshape(*shape, bits) @ 2.0 ** np.arange(bits) * scale + offset
+            tensors[key] = torch.tensor(numbers, dtype=torch.float32, device=device)
+        if "label_scores" in tensors:
+            tensors["labels"] = tensors.pop("label_scores").softmax(-1)
         images, labels, step_size = (tensors.pop(key) for key in TENSORS)
         nn.ModuleDict({"decoder": decoder}).load_state_dict(tensors)
         inner = metadata["inner"]

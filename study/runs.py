@@ -156,6 +156,7 @@ def describe_run(run: Run) -> dict[str, str]:
     figures = (data.name, f"mean {data.mean:.4g}", f"deviation {data.std:.4g}")
     values |= {"dataset": (*figures, *data.train, *data.validation), "network": networks[0]}
     values |= {"initialization": torch.cat(weights), "decoder": run.distilled.decoder}
+    values["bits"] = run.distilled.bits
     texts = {name: describe(value) for name, value in (values | run.distilled.inner).items()}
     return texts | describe_set(run.distilled.state_dict())
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 
 import distill_utils as du
-from tests.conftest import make_set
+from tests.conftest import Smooth, make_set
 
 
 def test_real_images_show_every_class_in_each_step_and_no_image_twice(toy):
@@ -91,3 +91,19 @@ def test_images_are_drawn_in_rows(channels, columns):
     drawn, rows = axis.images[0].get_array(), math.ceil(10 / columns)
     assert drawn.shape == (rows * 5 + 1, columns * 7 + 1, 3)
     assert (drawn.min(), drawn.max(), axis.get_title()) == (0, 1, "title")
+
+
+def test_gradients_pass_through_the_rounding(toy):
+    """They are those of an ordinary set that holds the rounded numbers, of which there are few."""
+    few, plain = (make_set(toy, decoded=True, soft_labels=True, bits=bits) for bits in (3, None))
+    tensors = few.label_scores, few.images, *few.decoder.parameters()
+    twins = plain.label_scores, plain.images, *plain.decoder.parameters()
+    for tensor, twin in zip(tensors, twins, strict=True):
+        twin.data = du.rounded(tensor, 3).detach()
+        assert tensor.dim() == 1 or len(twin.unique()) <= 8
+        assert (tensor - twin).abs().mean() <= (tensor.max() - tensor.min()) / 7
+    network = Smooth()
+    for distilled in (few, plain):
+        du.outer_loss(network, distilled, toy.train).backward()
+    for tensor, twin in zip(tensors, twins, strict=True):
+        torch.testing.assert_close(tensor.grad, twin.grad, rtol=1e-4, atol=1e-7)

@@ -48,6 +48,7 @@ BAD = [
     (lambda t: make_set(t, epochs=2.5), rf"epochs=2\.5: {COUNT}"),
     (lambda t: make_set(t, optimizer="RMSprop"), "optimizer='RMSprop', .*give SGD, or Adam and no"),
     (lambda t: make_set(t, optimizer="Adam", momentum=0.5), "momentum=0.5: give SGD, or Adam"),
+    (lambda t: make_set(t, bits=1), "bits=1: give a whole number of 2 to 16"),
     (lambda t: make_set(t, label_smoothing=1.1), r"label_smoothing=1\.1: .* at most 1"),
     (lambda t: make_set(t, step_size=-0.1), r"step_size=-0\.1: give a positive number, or \[4\]"),
     (lambda t: make_set(t, step_size=math.inf), "step_size=inf: give a positive number"),

@@ -177,8 +177,9 @@ def learn_step_sizes(experiment: Experiment, control: du.DistilledSet) -> du.Dis
 
 def with_schedule_of(schedule: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:
     """Other stored images and labels with the decoder and the schedule of a distilled set."""
-    step_size, decoder = schedule.step_sizes.detach(), copy.deepcopy(schedule.decoder)
-    return du.DistilledSet(images, labels, decoder=decoder, step_size=step_size, **schedule.inner)
+    options = {"step_size": schedule.step_sizes.detach(), "bits": schedule.bits}
+    decoder = copy.deepcopy(schedule.decoder)
+    return du.DistilledSet(images, labels, decoder=decoder, **options, **schedule.inner)
 
 
 def undistilled_sets(distilled: du.DistilledSet, dataset: du.Dataset) -> dict[str, du.DistilledSet]:
