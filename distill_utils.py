@@ -266,7 +266,7 @@ class DistilledSet(nn.Module):
         label_smoothing: share of the uniform distribution in initial soft labels, above 0, up to 1.
         optimizer: the inner optimizer, "SGD" or "Adam".
         momentum: momentum of SGD.
-        bits: of a number where `save` shall store few, 2 to 16: images, labels and the decoder's
+        bits: bits per stored number, 2 to 16; None stores floats. Images, labels and the decoder's
             weights are rounded, and gradients pass as if they were not (Bengio et al. 2013).
 
     `inner` holds epochs, optimizer and momentum; `iterations` [] counts outer iterations so far.
@@ -299,7 +299,7 @@ class DistilledSet(nn.Module):
         require(sound, f"{optimizer=}, {momentum=}: give SGD, or Adam and no momentum")
         self.inner = {"epochs": int(epochs), "optimizer": optimizer, "momentum": float(momentum)}
         self.images, self.decoder = nn.Parameter(images.clone()), decoder or nn.Identity()
-        self.bits = bits
+        self.bits = bits and int(bits)
         self.register_buffer("iterations", torch.tensor(0))
         self.raw_step_sizes = nn.Parameter(images.new_empty(self.updates))
         self.set_step_sizes(step_size)
@@ -365,8 +365,8 @@ class DistilledSet(nn.Module):
 def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Whole numbers below 2**bits on a grid, its scale [] and offset []: values are about numbers ×
     scale + offset. Extreme values are clipped, more of them where bits are few."""
-    tail, most = 4.0**-bits, 2**bits - 1
-    low = values.quantile(tail, interpolation="lower")  # so that what is rounded stays
+    tail, most = min(4.0**-bits, 0.5 / values.shape[-1]), 2**bits - 1  # spares one-hot labels
+    low = values.quantile(tail, interpolation="lower")  # a value, so rounding again changes nothing
     high = values.quantile(1 - tail, interpolation="higher")
     scale = ((high - low) / most).clamp_min(1e-12)
     return ((values - low) / scale).round().clamp(0, most), scale, low
@@ -836,11 +836,12 @@ def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes
     }
     if distilled.bits:
         metadata["grids"] = {}
-        for name, values in tensors.items():
+        weights = [f"decoder.{name}" for name, _ in decoder.named_parameters()]
+        for name in ("images", "label_scores", "step_sizes", *weights):
+            values = tensors[name]
             bits = distilled.bits if values.dim() > 1 else 16  # few numbers, as step sizes
             numbers, scale, offset = quantize(values, bits)
-            grid = [bits, float(scale), float(offset), list(values.shape)]
-            metadata["grids"][name] = grid
+            metadata["grids"][name] = [bits, float(scale), float(offset), list(values.shape)]
             binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
             tensors[name] = torch.from_numpy(np.packbits(binary.numpy()))
     metadata["sha256"] = hashlib.sha256(to_bytes(tensors, metadata)).hexdigest()
@@ -873,7 +874,7 @@ def load(
     """Loads a set of the folder `distilled` by its name, or what `save` wrote by its path.
 
     A set with a decoder of your own needs a `decoder` of that class, which takes the weights of the
-    file. Labels come back fixed, soft ones too, and few bits as floats. Raises ValueError where
+    file. Labels come back fixed, soft ones too, and a set of few bits as floats. Raises ValueError where
     there is no such set, or where its file is damaged or contradicts itself.
     """
     folder = Path(__file__).with_name("distilled")

@@ -13,22 +13,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import torch
 
 import distill_utils as du
 from study.experiments.experiment import RESULTS, ROOT, find_set, read_metadata, read_table
 from study.experiments.protocols import ADAM, FIXED, SCRATCH, UNDISTILLED, training
-from study.experiments.sets import COMPRESSED, LENET, RECIPES, is_scheduled
+from study.experiments.sets import COMPRESSED, FEW_BITS, LENET, RECIPES, START, is_scheduled
 
+SHIPPED = (*RECIPES, *COMPRESSED, *FEW_BITS)
 CONTENT = ["images", "labels", "step_sizes"]
-SAME_BYTES = {"mnist-ipc10-compressed": ["transfer"]}  # experiments with controls of the same size
+OTHERS = {  # experiments that have controls for a set of another one, of as many bytes or more
+    "mnist-ipc10-compressed": ["transfer"],
+    **{name: [START, f"controls-{START}"] for name in FEW_BITS},
+}
 
 
 class Results:
     """The table of a folder, as it is when the object is made."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
-        self.folder, self.measurements = Path(folder), read_table(folder, "measurements")
+        self.folder = Path(folder)
+        self.measurements = read_table(self.folder, "measurements")
 
     def rows(self, **columns: str | Iterable[str]) -> pd.DataFrame:
         """The lines whose columns have the given values, or one of several. Raises ValueError if there are none."""
@@ -44,7 +50,7 @@ class Results:
         return du.Accuracies(torch.tensor(self.rows(**columns).value.to_numpy()))
 
     def load_set(self, name: str, *, device: torch.device | str = "cpu") -> du.DistilledSet:
-        """A set that stands in the table's column of sets."""
+        """The set of that name, as in the table's column, where it was saved."""
         return du.load(find_set(name, self.folder), device=device)
 
 
@@ -83,8 +89,9 @@ def control_rows(results: Results, name: str) -> pd.DataFrame:
     """What undistilled images reach with the same training, on the same network."""
     main = main_rows(results, name)
     columns = {column: main[column].unique() for column in ("network", "training")}
-    images = [*UNDISTILLED] + ["compressed"] * (name in COMPRESSED and is_scheduled(name))
-    experiments = [name, f"controls-{name}", *SAME_BYTES.get(name, [])]
+    codes = name in FEW_BITS or (name in COMPRESSED and is_scheduled(name))
+    images = [*UNDISTILLED] + ["compressed"] * codes
+    experiments = [name, f"controls-{name}", *OTHERS.get(name, [])]
     return results.rows(experiment=experiments, images=images, **columns)
 
 
@@ -102,7 +109,7 @@ def words(rows: pd.DataFrame) -> str:
 
 def headline(results: Results) -> pd.DataFrame:
     """The main accuracies beside published ones and the strongest control."""
-    lines = pd.read_csv(results.folder / "headline.csv", keep_default_na=False)
+    lines = pd.read_csv(RESULTS / "headline.csv", keep_default_na=False)
     names = lines.pop("experiment")
     controls = [strongest(control_rows(results, name)) for name in names]
     lines["best control"] = [f"{count(rows)}: {words(rows)}" for rows in controls]
@@ -112,7 +119,7 @@ def headline(results: Results) -> pd.DataFrame:
 
 def beside_reported(results: Results, *experiments: str) -> pd.DataFrame:
     """The paper's accuracies beside those here, of the experiments whose names begin so."""
-    lines = pd.read_csv(results.folder / "reported.csv", keep_default_na=False)
+    lines = pd.read_csv(RESULTS / "reported.csv", keep_default_na=False)
     lines = lines[lines.experiment.str.startswith(experiments)]
     keys = ["experiment", "network", "images"]
     wanted = [{key: line[key] for key in keys if line[key]} for _, line in lines.iterrows()]
@@ -177,7 +184,7 @@ def card(name: str, results: Results) -> str:
     table = pd.Series(facts(distilled, metadata)).reset_index()
     return CARD.format(
         name=name,
-        about=about(distilled, metadata["dataset"]),
+        about=about(distilled, name, metadata["dataset"]),
         main=count(main[main.seed == 0]),
         control=count(control),
         words=words(control),
@@ -187,21 +194,19 @@ def card(name: str, results: Results) -> str:
     )
 
 
-def about(distilled: du.DistilledSet, dataset: str) -> str:
+def about(distilled: du.DistilledSet, name: str, dataset: str) -> str:
     """A sentence on what a set is and how large."""
-    images, numbers = (
-        distilled.labels[..., 0].numel(),
-        sum(map(torch.numel, distilled.parameters())),
-    )
-    how = STORED[type(distilled.decoder).__name__]
-    return f"{images:,} images for {dataset} with soft labels{how}: {4 * numbers / 1000:.0f} kB as float32."
+    images, how = distilled.labels[..., 0].numel(), STORED[type(distilled.decoder).__name__]
+    tensors = safetensors.torch.load_file(find_set(name)).values()
+    size = sum(8 + tensor.nbytes for tensor in tensors) / 1000  # with a scale and an offset each
+    return f"{images:,} images for {dataset} with soft labels{how}: {size:.{1 if size < 10 else 0}f} kB."
 
 
 def use_code(distilled: du.DistilledSet, name: str) -> str:
     """Python that trains a LeNet on a set, as the set is meant to be used."""
     if is_scheduled(name):
         return SCHEDULE
-    if name not in COMPRESSED:
+    if name in RECIPES:
         sgd = "SGD(network.parameters(), lr=0.01, momentum=0.9)"
         return TRAIN.format(optimizer=sgd, epochs=300, size=256)
     epochs = round(LENET.seen / distilled.labels[..., 0].numel())
@@ -234,7 +239,7 @@ def all_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     """Writes the card of each shipped set and the table in the README."""
     results, readme = Results(), ROOT / "README.md"
-    for name in (*RECIPES, *COMPRESSED):
+    for name in SHIPPED:
         (ROOT / "distilled" / f"{name}.md").write_text(card(name, results))
     table = headline(results).to_markdown(index=False)
     readme.write_text(TABLE.sub(lambda _: table, readme.read_text()))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 import distill_utils as du
 
@@ -24,10 +25,14 @@ def test_every_set_has_a_card_and_an_entry_in_the_list():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_set_holds_what_its_name_says(name):
     distilled = du.load(name)
-    seen, per_class = distilled.decode(), int(re.search(r"ipc(\d+)", name)[1])
+    seen = distilled.decode()
     assert seen.shape[2:] == (1, 28, 28)
     assert distilled.labels.shape == (*seen.shape[:2], 10)
-    if isinstance(distilled.decoder, du.CodeDecoder):
+    per_class = int((re.search(r"ipc(\d+)", name) or [0, 0])[1])
+    if size := re.search(r"(\d+)kB", name):
+        tensors = safetensors.torch.load_file(FOLDER / f"{name}.safetensors").values()
+        assert sum(tensor.nbytes for tensor in tensors) < 1000 * int(size[1])
+    elif isinstance(distilled.decoder, du.CodeDecoder):
         parts = [distilled.images, distilled.labels, *distilled.decoder.parameters()]
         assert sum(part.numel() for part in parts) <= 784 * 10 * per_class
     else:

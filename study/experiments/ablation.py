@@ -1,7 +1,8 @@
 """What each technique since 2018 contributes: added to the paper's method, and added to or left out of the best one.
 
-Every experiment distills 100 images for 30 updates (10 steps × 3 epochs) from each of three seeds, and is measured on
-validation images with the same networks. Within a method, all have the same number of outer iterations.
+Every experiment distills 100 images for 30 updates (10 steps × 3 epochs), unless its technique says otherwise, from
+each of three seeds, and is measured on validation images with the same networks. Within a method, all have the same
+number of outer iterations.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Experiment:
     @property
     def checkpoints(self) -> Path:
         """What an interrupted run of the experiment continues from."""
-        return self.folder / "checkpoints" / f"{self.name}-{self.seed}"
+        return self.folder / "checkpoints" / f"{self.name}-{self.seed}{'-quick' * self.quick}"
 
     def reduced(self, count: int) -> int:
         """So many iterations, networks or epochs; in a quick run far fewer."""
@@ -172,9 +172,9 @@ def load_dataset(name: str, root: str, device: torch.device, quick: bool) -> du.
 
 
 def find_set(name: str, folder: Path = RESULTS) -> Path:
-    """The file of a set: in a folder of results, or else in `distilled/`."""
-    path = folder / "sets" / f"{name}.safetensors"
-    return path if path.exists() else ROOT / "distilled" / path.name
+    """The file of a set: in a folder of results, in the stored results, or else in `distilled/`."""
+    paths = [place / "sets" / f"{name}.safetensors" for place in (folder, RESULTS)]
+    return next(filter(Path.exists, paths), ROOT / "distilled" / paths[0].name)
 
 
 def read_metadata(path: Path) -> dict:

@@ -176,6 +176,20 @@ def compressed_controls(experiment: Experiment) -> None:
     measure_scratch(experiment, sets, {"LeNet": LENET}, set=name)
 
 
+# --------------------------------------------------------------------------------------- few bytes
+def few_bits_set(experiment: Experiment, *, bits: int) -> None:
+    """Distills a set of codes further, through the rounding of its numbers to few bits."""
+    start = experiment.load(START)
+    options = {"soft_labels": True, "label_smoothing": 1e-6, "bits": bits, **start.inner}
+    options |= {"decoder": start.decoder, "step_size": start.step_sizes.detach()}
+    distilled = du.DistilledSet(start.images.detach(), start.labels, **options)
+    rates = {"learning_rate": 5e-3, "step_size_learning_rate": 5e-3}
+    name = experiment.distill(distilled, iterations=800, batch_size=256, **rates)
+    stored = experiment.load(name)
+    measure_schedule(experiment, stored, labels="distilled", set=name)
+    measure_scratch(experiment, {IMAGES: stored}, {"LeNet": LENET}, set=name)
+
+
 def whole_set(experiment: Experiment) -> None:
     """What all real images teach in five epochs."""
     for name, title in {"MNIST": "mnist", "FashionMNIST": "fashion"}.items():
@@ -276,6 +290,7 @@ COMPRESSED = {  # in the floats of 10, 100 and 500 images, all codes, labels and
     "fashion-ipc10-compressed": HUNDRED,
     "mnist-ipc50-compressed": dict(per_class=50, codes=24, channels=(32, 16), iterations=6_000),
 }
+START, FEW_BITS = "mnist-ipc1-decoded-50updates", {"mnist-4kB-50updates": 4}  # bits
 SEEDS = (0, 1, 2)
 SEEDED = ("mnist-ipc1-mf2-50updates", "mnist-ipc10-30updates", "mnist-ipc10-mf2-30updates")
 AUGMENTED_SET, TRANSFERRED = "mnist-ipc10-scratch", "mnist-ipc10-mf2-scratch"
@@ -293,6 +308,8 @@ EXPERIMENTS = {
 for name, options in RECIPES.items():
     seeds = SEEDS if name in SEEDED else (0,)
     EXPERIMENTS[name] = Recipe(partial(distilled_set, **options), seeds)
+for name, bits in FEW_BITS.items():
+    EXPERIMENTS[name] = Recipe(partial(few_bits_set, bits=bits), SEEDS, needs=START)
 for name, options in COMPRESSED.items():
     EXPERIMENTS[name] = Recipe(partial(compressed_set, **options), SEEDS)
 for name in filter(is_scheduled, (*RECIPES, *COMPRESSED)):

@@ -9,8 +9,9 @@ import torch
 import distill_utils as du
 from study.__main__ import EXPERIMENTS
 from study.experiments.experiment import RESULTS, ROOT, WHAT, add_rows
-from study.experiments.sets import COMPRESSED, RECIPES, is_scheduled
+from study.experiments.sets import RECIPES, is_scheduled
 from study.results import (
+    SHIPPED,
     Results,
     card,
     control_rows,
@@ -22,7 +23,7 @@ from study.results import (
     summarize,
 )
 
-NAMES = [*RECIPES, *COMPRESSED]
+NAMES = list(SHIPPED)
 
 
 @pytest.fixture
