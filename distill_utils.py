@@ -874,8 +874,8 @@ def load(
     """Loads a set of the folder `distilled` by its name, or what `save` wrote by its path.
 
     A set with a decoder of your own needs a `decoder` of that class, which takes the weights of the
-    file. Labels come back fixed, soft ones too, and a set of few bits as floats. Raises ValueError where
-    there is no such set, or where its file is damaged or contradicts itself.
+    file. Labels come back fixed, soft ones too, and a set of few bits as floats. Raises ValueError
+    where there is no such set, or where its file is damaged or contradicts itself.
     """
     folder = Path(__file__).with_name("distilled")
     known = {file.stem: file for file in folder.glob("*.safetensors")}
