@@ -362,21 +362,23 @@ class DistilledSet(nn.Module):
         return torch.optim.SGD(parameters, lr=1.0, momentum=self.inner["momentum"])
 
 
-def quantize(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole numbers below 2**bits on a grid, its scale [] and offset []: values are about numbers ×
-    scale + offset. Extreme values are clipped, more of them where bits are few."""
+def quantize(values: Tensor, bits: int) -> tuple[Tensor, int, Tensor, Tensor]:
+    """Whole numbers below 2**bits on a grid, their bits, and its scale [] and offset []: values are
+    about numbers × scale + offset. Extreme values are clipped, more of them where bits are few.
+    Tensors of one dimension hold few numbers, as step sizes, and get 16 bits."""
+    bits = bits if values.dim() > 1 else 16
     tail, most = min(4.0**-bits, 0.5 / values.shape[-1]), 2**bits - 1  # spares one-hot labels
     low = values.quantile(tail, interpolation="lower")  # a value, so rounding again changes nothing
     high = values.quantile(1 - tail, interpolation="higher")
     scale = ((high - low) / most).clamp_min(1e-12)
-    return ((values - low) / scale).round().clamp(0, most), scale, low
+    return ((values - low) / scale).round().clamp(0, most), bits, scale, low
 
 
 def rounded(values: Tensor, bits: int | None) -> Tensor:
     """Values on the grid of `quantize`, with the gradient of the values themselves."""
     if bits is None:
         return values
-    numbers, scale, offset = quantize(values.detach(), bits if values.dim() > 1 else 16)
+    numbers, _, scale, offset = quantize(values.detach(), bits)
     return values + (numbers * scale + offset - values).detach()
 
 
@@ -838,10 +840,8 @@ def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes
         metadata["grids"] = {}
         weights = [f"decoder.{name}" for name, _ in decoder.named_parameters()]
         for name in ("images", "label_scores", "step_sizes", *weights):
-            values = tensors[name]
-            bits = distilled.bits if values.dim() > 1 else 16  # few numbers, as step sizes
-            numbers, scale, offset = quantize(values, bits)
-            metadata["grids"][name] = [bits, float(scale), float(offset), list(values.shape)]
+            numbers, bits, scale, offset = quantize(tensors[name], distilled.bits)
+            metadata["grids"][name] = [bits, float(scale), float(offset), list(numbers.shape)]
             binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
             tensors[name] = torch.from_numpy(np.packbits(binary.numpy()))
     metadata["sha256"] = hashlib.sha256(to_bytes(tensors, metadata)).hexdigest()
@@ -931,7 +931,7 @@ def draw_images(
     grid = torchvision.utils.make_grid(
         images, columns, padding=1, normalize=True, value_range=limits, pad_value=0.5
     )
-    axis.imshow(grid.permute(1, 2, 0).clamp(0, 1), interpolation="nearest")
+    axis.imshow(grid.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
     axis.set(title=title, xticks=[], yticks=[])
 
 
