@@ -1,6 +1,6 @@
 """What an experiment is given, and the table that keeps what it measures.
 
-A folder of results has measurements.csv, with one line for each tested network, runs.csv, with one line for each
+A folder of results has measurements.csv, with one line for each measured value, runs.csv, with one line for each
 experiment and seed, and the distilled sets in sets/.
 """
 

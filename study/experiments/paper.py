@@ -188,15 +188,15 @@ def pretrain(
 ) -> tuple[list[nn.Module], list[nn.Module]]:
     """LeNets trained on `dataset`, some to distill for and others held out."""
     pretrained, held_out = (3, 3) if experiment.quick else (30, 100)
-    path, networks = experiment.checkpoints / "networks.pt", []
-    if not path.exists():
-        for number in range(pretrained + held_out):
+    device, networks = experiment.device, []
+    for number in range(pretrained + held_out):
+        path = experiment.checkpoints / f"network-{number}.pt"  # kept one by one
+        if not path.exists():
             with du.seeded(number):
-                network = du.LeNet().to(experiment.device)
-                networks.append(train_fully(experiment, network, dataset))
-        with du.replacing(path) as unfinished:
-            torch.save(networks, unfinished)
-    networks = torch.load(path, map_location=experiment.device, weights_only=False)
+                network = train_fully(experiment, du.LeNet().to(device), dataset)
+            with du.replacing(path) as unfinished:
+                torch.save(network, unfinished)
+        networks.append(torch.load(path, map_location=device, weights_only=False))
     return networks[:pretrained], networks[pretrained:]
 
 

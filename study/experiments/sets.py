@@ -101,7 +101,9 @@ def distilled_set(
         measure_scratch(experiment, sets, {"LeNet": Scratch(fewer)}, set=name)
 
 
-def retrain(experiment: Experiment, *, name: str, variants: dict[str, dict[str, Scratch]]) -> None:
+def compare_from_scratch(
+    experiment: Experiment, *, name: str, variants: dict[str, dict[str, Scratch]]
+) -> None:
     """Networks trained from scratch on a set and on undistilled images with true labels, in several variants."""
     distilled = experiment.load(name)
     undistilled = undistilled_sets(distilled, experiment.dataset).items()
@@ -297,8 +299,10 @@ AUGMENTED_SET, TRANSFERRED = "mnist-ipc10-scratch", "mnist-ipc10-mf2-scratch"
 TRANSFER = dict.fromkeys(TESTED_ON, Scratch(5, (3e-4, 1e-3, 1e-2), seen=9_600))
 BATCH_NORM = {name: scratch for name, scratch in TRANSFER.items() if "batch norm" in name}
 VARIANTS = {"": TRANSFER, REAL_STATISTICS: BATCH_NORM}
-augmented = partial(retrain, name=AUGMENTED_SET, variants={AUGMENTED: {"LeNet": Scratch(10)}})
-transfer = partial(retrain, name=TRANSFERRED, variants=VARIANTS)
+augmented = partial(
+    compare_from_scratch, name=AUGMENTED_SET, variants={AUGMENTED: {"LeNet": Scratch(10)}}
+)
+transfer = partial(compare_from_scratch, name=TRANSFERRED, variants=VARIANTS)
 EXPERIMENTS = {
     "augmented": Recipe(augmented, needs=AUGMENTED_SET),
     "transfer": Recipe(transfer, needs=TRANSFERRED),

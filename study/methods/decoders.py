@@ -78,12 +78,6 @@ def augmented(images: Tensor, labels: Tensor, **options) -> du.DistilledSet:
         return du.DistilledSet(images, labels, decoder=Augment(), **options)
 
 
-def stored_floats(distilled: du.DistilledSet) -> int:
-    """Images, labels and the decoder's weights, as stored, together."""
-    tensors = (distilled.images, distilled.labels, *distilled.decoder.parameters())
-    return sum(tensor.numel() for tensor in tensors)
-
-
 # ------------------------------------------------------------------- codes and a decoder, by an autoencoder
 def train_teacher(dataset: du.Dataset, *, networks: int, epochs: int, seed: int = 0) -> du.Ensemble:
     """LeNets trained on all real images, side by side."""

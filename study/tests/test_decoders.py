@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 import distill_utils as du
 from study.methods import decoders
-from study.methods.decoders import augment, fit_decoder, stored_floats, teach
+from study.methods.decoders import augment, fit_decoder, teach
 
 SMALLER = [
     (decoders.low_resolution, (4, 14)),
@@ -90,6 +90,12 @@ def teacher(digits) -> du.Ensemble:
 def fit(digits, teacher, **options) -> tuple[du.DistilledSet, du.DistilledSet]:
     options = {"floats": 12_000, "codes": 8, "channels": [8, 4], "iterations": 150, **options}
     return fit_decoder(digits, teacher, **options)
+
+
+def stored_floats(distilled: du.DistilledSet) -> int:
+    """Codes, labels and the decoder's weights, together."""
+    tensors = distilled.images, distilled.labels, *distilled.decoder.parameters()
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def test_a_compressed_set_holds_what_its_floats_pay_for(digits, teacher):
