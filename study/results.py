@@ -182,6 +182,7 @@ def card(name: str, results: Results) -> str:
     control, main = strongest(control_rows(results, name)), main_rows(results, name)
     use = LOAD.format(name=name, **metadata) + use_code(distilled, name)
     table = pd.Series(facts(distilled, metadata)).reset_index()
+    sets = [name, START] if name in FEW_BITS else name  # whose controls, in floats, are its own
     return CARD.format(
         name=name,
         about=about(distilled, name, metadata["dataset"]),
@@ -190,7 +191,7 @@ def card(name: str, results: Results) -> str:
         words=words(control),
         facts=table.set_axis(["", " "], axis=1).to_markdown(index=False),
         use=use.replace("du\n", "du\nimport torch\n", 1) if "torch." in use else use,
-        accuracies=all_accuracies(results.rows(set=name)).to_markdown(index=False),
+        accuracies=all_accuracies(results.rows(set=sets)).to_markdown(index=False),
     )
 
 
@@ -229,20 +230,26 @@ def facts(distilled: du.DistilledSet, metadata: dict) -> dict[str, str]:
 
 
 def all_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every accuracy on a set and its controls; several networks stand below each other."""
+    """Every accuracy on sets and their controls; several networks stand below each other."""
     if rows.network.nunique() == 1:
-        return summarize(rows, ["training", *CONTENT]).reset_index()
+        sets = ["set"] if rows.set.nunique() > 1 else []
+        return summarize(rows, [*sets, "training", *CONTENT]).reset_index()
     content = rows.images + " images, " + rows.labels + " labels"
     return summarize(rows.assign(content=content), ["network", "training"], "content").reset_index()
+
+
+def write(path: Path, text: str) -> None:
+    with du.replacing(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def main() -> None:
     """Writes the card of each shipped set and the table in the README."""
     results, readme = Results(), ROOT / "README.md"
     for name in SHIPPED:
-        (ROOT / "distilled" / f"{name}.md").write_text(card(name, results))
+        write(ROOT / "distilled" / f"{name}.md", card(name, results))
     table = headline(results).to_markdown(index=False)
-    readme.write_text(TABLE.sub(lambda _: table, readme.read_text()))
+    write(readme, TABLE.sub(lambda _: table, readme.read_text()))
 
 
 if __name__ == "__main__":
