@@ -19,7 +19,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import tyro
 
 import distill_utils as du
@@ -74,13 +73,12 @@ class Options:
         ]
 
 
-def prepare_worker(workers: int) -> None:
-    """Ctrl-C in the terminal reaches the parent alone; workers share the cores, and end with the parent."""
+def prepare_worker() -> None:
+    """Ctrl-C in the terminal reaches the parent alone, and workers end with the parent."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), os.cpu_count() // workers)))
 
 
 def end_with_parent() -> None:
@@ -104,9 +102,10 @@ def work(experiment: Experiment) -> Rows:
 def run_side_by_side(experiments: list[Experiment], options: Options) -> None:
     """Runs experiments in processes and keeps what they measure; an interrupt or an error stops them all."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    setup = {"initializer": prepare_worker, "initargs": (options.workers,)}
+    # Workers share the cores, in torch and in scikit-learn, which read this when they start.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // options.workers)))
     waiting, jobs = list(experiments), {}
-    with ProcessPoolExecutor(options.workers, context, **setup) as pool:
+    with ProcessPoolExecutor(options.workers, context, prepare_worker) as pool:
         try:
             while waiting or jobs:
                 # No more than there are workers, which would begin another one after an interrupt.
