@@ -100,8 +100,10 @@ def work(folder: Path, unroll: NetworkPool | None = None, **options) -> list:
     torch.set_num_threads(1)  # another number may add in another order
     distilled, unroll = initial(optimizer="Adam"), unroll or NetworkPool(3, window=2)
     kept = distill(distilled, unroll=unroll, checkpoint=folder / "run.pt", **options)
-    if runs.process_rank()[0] == 0:
-        du.save(distilled, folder / "set.safetensors", dataset=TOY)
+    output = folder / "set.safetensors"
+    with runs.locked("output", output):  # which also removes what a killed process left
+        if runs.process_rank()[0] == 0:
+            du.save(distilled, output, dataset=TOY)
     return [*kept, unroll.state_dict()]
 
 
@@ -127,6 +129,7 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_file(tmp_path):
         time.sleep(random.Random(number).uniform(0, seconds))
         process.kill()
         process.join()
+        (folder / "set.safetensors.1.partial").touch()  # as of one killed while it wrote
         work(folder)
         assert names(folder) == ["run.pt", "set.safetensors"]
     assert len({(folder / "set.safetensors").read_bytes() for folder in folders}) == 1
