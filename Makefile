@@ -9,7 +9,7 @@
 # make benchmark        time the meta-gradient beside other ways to compute it; about 15 minutes
 # make release          for maintainers: refresh the stored outputs, figures, tables and cards in the repository
 #
-# Each makes .venv first where it is missing or requirements.txt is newer. MNIST is looked for in the folder DATA_ROOT
+# Each makes .venv first where it is missing, with what it needs and no more. MNIST is looked for in the folder DATA_ROOT
 # (default: data) and downloaded there.
 
 PYTHON ?= python3
@@ -32,25 +32,25 @@ tutorial-seeds: $(VENV)/installed
 	head -1 out/seed-0/verdict.csv > tests/tutorial_seeds.csv
 	tail -q -n +2 out/seed-[0-4]/verdict.csv >> tests/tutorial_seeds.csv
 
-test: $(VENV)/installed
+test: $(VENV)/complete
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test-device: $(VENV)/installed
+test-device: $(VENV)/complete
 	DEVICE=$(or $(DEVICE),auto) $(BIN)/python -m pytest -q -s -k device tests/test_devices.py study/tests/test_truncation.py
 
-study: $(VENV)/installed
+study: $(VENV)/complete
 	$(BIN)/python -m study
 
-study-notebooks: $(VENV)/installed
+study-notebooks: $(VENV)/complete
 	$(RUN_NOTEBOOK) study/paper.ipynb
 	$(RUN_NOTEBOOK) study/beyond.ipynb
 
-export: $(VENV)/installed
+export: $(VENV)/complete
 	$(BIN)/python -m study.export out/export
 
-benchmark: $(VENV)/installed
+benchmark: $(VENV)/complete
 	$(BIN)/python -m pip install --quiet --requirement study/benchmark/requirements.txt
 	$(BIN)/python -m study.benchmark.benchmark
 
@@ -68,4 +68,8 @@ $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/complete: $(VENV)/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[study,test]"
 	touch $@

@@ -172,8 +172,9 @@ def real_images(
         levels: of gray, evenly spaced.
     """
     low, high = ((pixel - dataset.mean) / dataset.std for pixel in (0, 1))
-    most, classes = least_of_a_class(dataset), dataset.classes
-    images, labels = du.initialize(dataset, "real", steps=1, per_class=most, seed=seed)
+    classes = dataset.classes
+    most = min(int(60 * kilobytes) // classes, least_of_a_class(dataset))  # over 16 bytes each
+    images, labels = du.initialize(dataset, "real", steps=1, per_class=max(1, most), seed=seed)
     small = F.interpolate(images[0], (size, size), mode="bilinear", antialias=True)
     numbers = ((small - low) / (high - low) * (levels - 1)).round().clamp(0, levels - 1)
     seen = F.interpolate(
