@@ -16,6 +16,7 @@ import math
 import os
 import socket
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
@@ -268,6 +269,7 @@ class DistilledSet(nn.Module):
         momentum: momentum of SGD.
         bits: bits per stored number, 2 to 16; None stores floats. Images, labels and the decoder's
             weights are rounded, and gradients pass as if they were not (Bengio et al. 2013).
+        label_bits: the same for labels, where they have fewer.
 
     `inner` holds epochs, optimizer and momentum; `iterations` [] counts outer iterations so far.
     Raises ValueError where shapes or ranges are wrong.
@@ -286,6 +288,7 @@ class DistilledSet(nn.Module):
         optimizer: str = "SGD",
         momentum: float = 0.0,
         bits: int | None = None,
+        label_bits: int | None = None,
     ) -> None:
         super().__init__()
         images = torch.as_tensor(images, dtype=torch.get_default_dtype())
@@ -293,13 +296,14 @@ class DistilledSet(nn.Module):
         sound = images.dim() == 5 and 0 not in images.shape and images.isfinite().all()
         require(sound, f"images: {list(images.shape)}; give finite numbers [steps, n, c, h, w]")
         require_counts(epochs=epochs)
-        require(bits in (None, *range(2, 17)), f"{bits=}: give a whole number of 2 to 16")
+        sound = bits is label_bits is None or {bits, label_bits or bits} <= {*range(2, 17)}
+        require(sound, f"{bits=}, {label_bits=}: give whole numbers of 2 to 16")
         require(0 < label_smoothing <= 1, f"{label_smoothing=}: give more than 0 and at most 1")
         sound = optimizer == "SGD" or (optimizer == "Adam" and momentum == 0)
         require(sound, f"{optimizer=}, {momentum=}: give SGD, or Adam and no momentum")
         self.inner = {"epochs": int(epochs), "optimizer": optimizer, "momentum": float(momentum)}
         self.images, self.decoder = nn.Parameter(images.clone()), decoder or nn.Identity()
-        self.bits = bits and int(bits)
+        self.bits, self.label_bits = bits and int(bits), label_bits or bits
         self.register_buffer("iterations", torch.tensor(0))
         self.raw_step_sizes = nn.Parameter(images.new_empty(self.updates))
         self.set_step_sizes(step_size)
@@ -324,7 +328,7 @@ class DistilledSet(nn.Module):
     def labels(self) -> Tensor:
         """[steps, n, classes], probabilities."""
         if hasattr(self, "label_scores"):
-            return rounded(self.label_scores, self.bits).softmax(-1)
+            return rounded(self.label_scores, self.label_bits).softmax(-1)
         return self.hard_labels
 
     @property
@@ -368,8 +372,8 @@ def quantize(values: Tensor, bits: int) -> tuple[Tensor, int, Tensor, Tensor]:
     Tensors of one dimension hold few numbers, as step sizes, and get 16 bits."""
     bits = bits if values.dim() > 1 else 16
     tail, most = min(4.0**-bits, 0.5 / values.shape[-1]), 2**bits - 1  # spares one-hot labels
-    low = values.quantile(tail, interpolation="lower")  # a value, so rounding again changes nothing
-    high = values.quantile(1 - tail, interpolation="higher")
+    ordered, cut = values.flatten().sort().values, int(tail * values.numel())
+    low, high = ordered[cut], ordered[-1 - cut]  # values, so rounding again changes nothing
     scale = ((high - low) / most).clamp_min(1e-12)
     return ((values - low) / scale).round().clamp(0, most), bits, scale, low
 
@@ -383,51 +387,42 @@ def rounded(values: Tensor, bits: int | None) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- decoders
-class MultiFormation(nn.Module):
-    """Decodes stored images that hold factor × factor smaller ones each, row by row (Kim et al.
-    2022): factor² times as many images from as many pixels. `pack` is the way back."""
-
-    def __init__(self, factor: int = 2) -> None:
-        super().__init__()
-        require_counts(factor=factor)
-        self.factor, self.options = factor, {"factor": factor}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Stored images [steps, n, c, h, w] to [steps, n × factor², c, h, w]."""
-        rows = images.chunk(self.factor, -2)
-        small = [part for row in rows for part in row.chunk(self.factor, -1)]
-        small = torch.stack(small, 2).flatten(0, 2)  # [small images, c, h', w']
-        large = F.interpolate(small, images.shape[-2:], mode="bilinear")
-        return large.unflatten(0, (len(images), -1))
-
-    def pack(self, images: Tensor) -> Tensor:
-        """Shrinks images [steps, n, c, h, w] and packs them into [steps, n / factor², c, h, w]."""
-        size = [length // self.factor for length in images.shape[-2:]]
-        small = F.interpolate(images.flatten(0, 1), size, mode="bilinear", antialias=True)
-        grid = small.unflatten(0, (len(images), -1, self.factor, self.factor))
-        return grid.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-
-
 class CodeDecoder(nn.Sequential):
-    """Decodes short codes [steps, n, codes, 1, 1] by three transposed convolutions that all images
-    share (Lee et al. 2022).
+    """Decodes short codes by three transposed convolutions that all images share (Lee et al. 2022).
+    With `classes`, it is a generator, whose codes need not be stored: image i is of class
+    i % classes, and its code is point i // classes of a sequence, moved by the stored one.
 
     Args:
         codes: numbers in a code.
         channels: of the two layers between code and image.
         size: of an image, (c, h, w); h and w are multiples of 4.
+        classes: of a generator, else 0.
     """
 
-    def __init__(self, codes: int, channels: Sequence[int], size: Sequence[int]) -> None:
+    def __init__(
+        self, codes: int, channels: Sequence[int], size: Sequence[int], classes: int = 0
+    ) -> None:
         (c1, c2), (c, h, w) = channels, size
         double = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
-        first = nn.ConvTranspose2d(codes, c1, (h // 4, w // 4))
+        first = nn.ConvTranspose2d(codes + classes, c1, (h // 4, w // 4))
         super().__init__(first, nn.ReLU(), double(c1, c2), nn.ReLU(), double(c2, c))
-        self.options = {"codes": codes, "channels": channels, "size": size}
+        self.options = {"codes": codes, "channels": channels, "size": size, "classes": classes}
 
     def forward(self, codes: Tensor) -> Tensor:
-        """[steps, n, c, h, w]"""
-        return super().forward(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+        """[steps, n, codes, 1, 1] to [steps, n, c, h, w]; zeros move no point."""
+        size, classes, codes = codes.shape[:2], self.options["classes"], codes.flatten(0, 1)
+        if classes:
+            rows = torch.arange(len(codes))
+            points = normal_points(1 + len(codes) // classes, codes.shape[1])[rows // classes]
+            inputs = torch.cat([points, torch.eye(classes)[rows % classes]], 1)
+            codes = F.pad(codes, [0] * 5 + [classes]) + inputs[..., None, None].to(codes)
+        return super().forward(codes).unflatten(0, size)
+
+
+def normal_points(count: int, dimensions: int) -> Tensor:
+    """[count, dimensions], spread like normal samples but more evenly: a Sobol sequence."""
+    sobol = torch.quasirandom.SobolEngine(dimensions).fast_forward(1)  # without the corner
+    return torch.special.ndtri(sobol.draw(count))
 
 
 # -------------------------------------------------------------------------------- initialization
@@ -470,17 +465,15 @@ class LeNet(nn.Sequential):
     """The paper's LeNet for 28×28 images, with Xavier-normal weights and zero biases from torch's
     random state. ReLU follows pooling: the same function, for a quarter of the work."""
 
-    def __init__(
-        self, *, classes: int = 10, initialize: Callable[[Tensor], object] = nn.init.xavier_normal_
-    ) -> None:
+    def __init__(self, *, classes: int = 10) -> None:
         super().__init__(
             nn.Conv2d(1, 6, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),  # [n, 6, 14, 14]
             nn.Conv2d(6, 16, 5), nn.MaxPool2d(2), nn.ReLU(),  # [n, 16, 5, 5]
             nn.Flatten(), nn.Linear(400, 120), nn.ReLU(),
             nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)
         )  # fmt: skip
-        for parameter in self.parameters():
-            initialize(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+        for weight in self.parameters():
+            nn.init.xavier_normal_(weight) if weight.dim() > 1 else nn.init.zeros_(weight)
 
 
 class Ensemble(nn.ModuleList):
@@ -811,7 +804,7 @@ def train(
 
 # ----------------------------------------------------------------------------------------- files
 TENSORS = ("images", "labels", "step_sizes")  # beside those of a decoder
-DECODERS = {kind.__name__: kind for kind in (nn.Identity, MultiFormation, CodeDecoder)}
+DECODERS = {kind.__name__: kind for kind in (nn.Identity, CodeDecoder)}
 
 
 def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes: object) -> None:
@@ -840,13 +833,24 @@ def save(distilled: DistilledSet, path: str | Path, *, dataset: Dataset, **notes
         metadata["grids"] = {}
         weights = [f"decoder.{name}" for name, _ in decoder.named_parameters()]
         for name in ("images", "label_scores", "step_sizes", *weights):
-            numbers, bits, scale, offset = quantize(tensors[name], distilled.bits)
-            metadata["grids"][name] = [bits, float(scale), float(offset), list(numbers.shape)]
-            binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
-            tensors[name] = torch.from_numpy(np.packbits(binary.numpy()))
+            bits = distilled.label_bits if name == "label_scores" else distilled.bits
+            tensors[name], metadata["grids"][name] = pack(tensors[name], bits)
     metadata["sha256"] = hashlib.sha256(to_bytes(tensors, metadata)).hexdigest()
     with replacing(path) as unfinished:
         unfinished.write_bytes(to_bytes(tensors, metadata))
+
+
+def pack(values: Tensor, bits: int) -> tuple[Tensor, list]:
+    """Rounded values as bytes, and their bits, scale, offset and shape: see the format."""
+    numbers, bits, scale, offset = quantize(values, bits)
+    binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
+    packed = zlib.compress(np.packbits(binary.numpy()), 9)
+    return torch.tensor([*packed], dtype=torch.uint8), [
+        bits,
+        float(scale),
+        float(offset),
+        [*values.shape],
+    ]
 
 
 @contextmanager
@@ -893,7 +897,8 @@ def load(
         decoder = (decoder or DECODERS[kind](**metadata["decoder_options"])).to(device)
         require(type(decoder).__name__ == kind, f"its decoder is of the class {kind}")
         for key, (bits, scale, offset, shape) in metadata.get("grids", {}).items():
-            binary = np.unpackbits(tensors[key].cpu().numpy(), count=bits * math.prod(shape))
+            packed = np.frombuffer(zlib.decompress(tensors[key].cpu().numpy()), np.uint8)
+            binary = np.unpackbits(packed, count=bits * math.prod(shape))
             numbers = binary.reshape(*shape, bits) @ 2.0 ** np.arange(bits) * scale + offset
             tensors[key] = torch.tensor(numbers, dtype=torch.float32, device=device)
         if "label_scores" in tensors:

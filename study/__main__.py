@@ -23,10 +23,11 @@ import tyro
 
 import distill_utils as du
 from study import runs
-from study.experiments import ablation, paper, sets
+from study.experiments import ablation, paper, rivals, storage
 from study.experiments.experiment import RESULTS, Experiment, Rows, add_rows, read_table
 
-EXPERIMENTS = {**paper.EXPERIMENTS, **ablation.EXPERIMENTS, **sets.EXPERIMENTS}
+MODULES = paper, ablation, rivals, storage
+EXPERIMENTS = {name: recipe for part in MODULES for name, recipe in part.EXPERIMENTS.items()}
 ERRORS = (ValueError, FloatingPointError, OSError)
 
 

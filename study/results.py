@@ -13,20 +13,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-import safetensors.torch
 import torch
 
 import distill_utils as du
-from study.experiments.experiment import RESULTS, ROOT, find_set, read_metadata, read_table
-from study.experiments.protocols import ADAM, FIXED, SCRATCH, UNDISTILLED, training
-from study.experiments.sets import COMPRESSED, FEW_BITS, LENET, RECIPES, START, is_scheduled
+from study.experiments.experiment import (
+    RESULTS,
+    ROOT,
+    find_set,
+    read_metadata,
+    read_table,
+)
+from study.experiments.protocols import FIXED, UNDISTILLED, scratch_epochs, training
+from study.experiments.storage import COMPRESSED, DISTILLED, FORMATS
+from study.methods.compression import stored_bytes
 
-SHIPPED = (*RECIPES, *COMPRESSED, *FEW_BITS)
+SHIPPED = ("mnist-ipc10-30updates", *DISTILLED, *COMPRESSED)
 CONTENT = ["images", "labels", "step_sizes"]
-OTHERS = {  # experiments that have controls for a set of another one, of as many bytes or more
-    "mnist-ipc10-compressed": ["transfer"],
-    **{name: [START, f"controls-{START}"] for name in FEW_BITS},
-}
 
 
 class Results:
@@ -75,24 +77,21 @@ def count(rows: pd.DataFrame) -> str:
 # ------------------------------------------------------------------------------- a set and its controls
 def main_rows(results: Results, name: str) -> pd.DataFrame:
     """What a set, or a set of one of the paper's experiments, reaches as it is meant to be used, over all seeds."""
-    columns = {"images": "distilled", "network": FIXED if name.startswith("fixed") else "LeNet"}
-    if name.endswith("-compressed"):
-        columns |= {"images": "compressed", "labels": "teacher", "training": ADAM}
-    elif name.endswith("-scratch"):
-        columns |= {"labels": "distilled", "training": SCRATCH}
+    if name in COMPRESSED:
+        columns = {"images": "compressed", "labels": "teacher", "network": "LeNet"}
     else:
-        columns["step_sizes"] = "distilled"
+        network = FIXED if name.startswith("fixed") else "LeNet"
+        columns = {"images": "distilled", "step_sizes": "distilled", "network": network}
     return results.rows(experiment=name, **columns)
 
 
 def control_rows(results: Results, name: str) -> pd.DataFrame:
-    """What undistilled images reach with the same training, on the same network."""
+    """What undistilled images reach with the same training, on the same network; for a compressed set, real images in
+    as many bytes."""
     main = main_rows(results, name)
     columns = {column: main[column].unique() for column in ("network", "training")}
-    codes = name in FEW_BITS or (name in COMPRESSED and is_scheduled(name))
-    images = [*UNDISTILLED] + ["compressed"] * codes
-    experiments = [name, f"controls-{name}", *OTHERS.get(name, [])]
-    return results.rows(experiment=experiments, images=images, **columns)
+    columns["images"] = FORMATS if name in COMPRESSED else [*UNDISTILLED, "compressed"]
+    return results.rows(experiment=[name, f"controls-{name}", f"{name}-real"], **columns)
 
 
 def strongest(rows: pd.DataFrame) -> pd.DataFrame:
@@ -128,17 +127,6 @@ def beside_reported(results: Results, *experiments: str) -> pd.DataFrame:
     return lines.set_index("title")
 
 
-def gains(results: Results, name: str) -> list[float]:
-    """Mean accuracies from random real images to a set, adding one ingredient after another: k-means centers, their
-    best labels and their best step sizes, and distillation."""
-    rows = control_rows(results, name)
-    constant = rows[rows.step_sizes == "constant"]
-    true, kmeans = constant[constant.labels == "true"], rows[rows.images == "k-means"]
-    steps = [true[true.images == "random real"], true[true.images == "k-means"]]
-    steps += [strongest(constant[constant.images == "k-means"]), strongest(kmeans)]
-    return [part.value.mean() for part in (*steps, main_rows(results, name))]
-
-
 # --------------------------------------------------------------------------------------------- cards
 CARD = """# {name}
 
@@ -153,8 +141,8 @@ The best control has {control} ({words}).
 print(f"{{du.accuracy(network, data.test):.1f}}%")
 ```
 
-Accuracy on the 10,000 test images: mean ± std over n new networks (drawn from seed 10000). *Random real* and *k-means*
-images, as many and stored in the same way, are controls; so are *compressed* ones where the set is distilled.
+Accuracy (%) on the 10,000 test images: mean ± std over n new networks (drawn from seed 10000), or n=3×5 for three sets.
+{controls}
 
 {accuracies}
 """
@@ -166,12 +154,12 @@ distilled = du.load("{name}")
 SCHEDULE = "network = du.train_on(du.LeNet(), distilled)  # a trained copy"
 TRAIN = """images, labels = distilled.decode().detach().flatten(0, 1), distilled.labels.flatten(0, 1)
 network = du.LeNet()
-optimizer = torch.optim.{optimizer}
-du.train(network, du.Split(images, labels), epochs={epochs}, batch_size={size}, optimizer=optimizer)"""
-STORED = {
-    "Identity": "",
-    "MultiFormation": ", four in each stored image (multi-formation with factor 2)",
-    "CodeDecoder": ", each stored as a short code for one small decoder",
+optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+du.train(network, du.Split(images, labels), epochs={epochs}, optimizer=optimizer)"""
+CONTROLS = {
+    True: """*Real* images are packed by LZMA into as many bytes, *small* ones with 14×14 pixels and 16 levels of gray.
+Soft labels are those of a *teacher*, four LeNets trained on all images, and count; true ones take no bytes.""",
+    False: "Controls are undistilled images, as many and stored in the same way.",
 }
 TABLE = re.compile("(?<=<!-- results -->\n\n).*(?=\n\n<!-- end of results -->)", re.DOTALL)
 
@@ -180,38 +168,48 @@ def card(name: str, results: Results) -> str:
     """What a user of a shipped set wants to know, in Markdown."""
     distilled, metadata = du.load(name), read_metadata(find_set(name))
     control, main = strongest(control_rows(results, name)), main_rows(results, name)
-    use = LOAD.format(name=name, **metadata) + use_code(distilled, name)
     table = pd.Series(facts(distilled, metadata)).reset_index()
-    sets = [name, START] if name in FEW_BITS else name  # whose controls, in floats, are its own
+    experiments = {name, f"controls-{name}", f"{name}-real"} & {*results.measurements.experiment}
+    rows = results.rows(experiment=experiments)
+    rows = rows[rows.network != "nearest neighbor"]
     return CARD.format(
         name=name,
         about=about(distilled, name, metadata["dataset"]),
-        main=count(main[main.seed == 0]),
+        main=count(main),
         control=count(control),
         words=words(control),
         facts=table.set_axis(["", " "], axis=1).to_markdown(index=False),
-        use=use.replace("du\n", "du\nimport torch\n", 1) if "torch." in use else use,
-        accuracies=all_accuracies(results.rows(set=sets)).to_markdown(index=False),
+        use=use_code(distilled, name, metadata["dataset"]),
+        controls=CONTROLS[name in COMPRESSED],
+        accuracies=summarize(rows, ["training", *CONTENT], "network")
+        .reset_index()
+        .to_markdown(index=False),
     )
 
 
 def about(distilled: du.DistilledSet, name: str, dataset: str) -> str:
     """A sentence on what a set is and how large."""
-    images, how = distilled.labels[..., 0].numel(), STORED[type(distilled.decoder).__name__]
-    tensors = safetensors.torch.load_file(find_set(name)).values()
-    size = sum(8 + tensor.nbytes for tensor in tensors) / 1000  # with a scale and an offset each
-    return f"{images:,} images for {dataset} with soft labels{how}: {size:.{1 if size < 10 else 0}f} kB."
+    kind, images = (
+        "compressed" if name in COMPRESSED else "distilled",
+        distilled.labels[..., 0].numel(),
+    )
+    how = (
+        ", stored as codes for one small decoder"
+        if isinstance(distilled.decoder, du.CodeDecoder)
+        else ""
+    )
+    if how and distilled.decoder.options["classes"]:
+        how = ", which a small generator makes"
+    size = stored_bytes(find_set(name)) / 1000
+    return f"{images:,} {kind} images for {dataset} with soft labels{how}: {size:.{1 if size < 10 else 0}f} kB."
 
 
-def use_code(distilled: du.DistilledSet, name: str) -> str:
+def use_code(distilled: du.DistilledSet, name: str, dataset: str) -> str:
     """Python that trains a LeNet on a set, as the set is meant to be used."""
-    if is_scheduled(name):
-        return SCHEDULE
-    if name in RECIPES:
-        sgd = "SGD(network.parameters(), lr=0.01, momentum=0.9)"
-        return TRAIN.format(optimizer=sgd, epochs=300, size=256)
-    epochs = round(LENET.seen / distilled.labels[..., 0].numel())
-    return TRAIN.format(optimizer="Adam(network.parameters(), lr=1e-3)", epochs=epochs, size=64)
+    load = LOAD.format(name=name, dataset=dataset)
+    if name not in COMPRESSED:
+        return load + SCHEDULE
+    return "import torch\n\n" + load + TRAIN.format(epochs=scratch_epochs(distilled))
 
 
 def facts(distilled: du.DistilledSet, metadata: dict) -> dict[str, str]:
@@ -227,15 +225,6 @@ def facts(distilled: du.DistilledSet, metadata: dict) -> dict[str, str]:
         "pixel range": f"{low:.2f} to {high:.2f}; clip to 0..1 to look at them, not to train",
         "made by": f"`{metadata['command']}`, seed {metadata['seed']}, {metadata['versions']}",
     }
-
-
-def all_accuracies(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every accuracy on sets and their controls; several networks stand below each other."""
-    if rows.network.nunique() == 1:
-        sets = ["set"] if rows.set.nunique() > 1 else []
-        return summarize(rows, [*sets, "training", *CONTENT]).reset_index()
-    content = rows.images + " images, " + rows.labels + " labels"
-    return summarize(rows.assign(content=content), ["network", "training"], "content").reset_index()
 
 
 def write(path: Path, text: str) -> None:

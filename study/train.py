@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +23,6 @@ import tyro
 import distill_utils as du
 from study import runs
 from study.methods import truncation
-from study.methods.decoders import multi_formation
 
 
 def keywords(function: Callable) -> dict[str, object]:
@@ -55,7 +53,6 @@ class Options:
     epochs: int = CORE["epochs"]  # How often the steps are repeated.
     init: Literal["noise", "real", "k-means"] = "real"  # Synthetic-image initialization.
     init_std: float = CORE["std"]  # Standard deviation of --init noise.
-    factor: int = 1  # Multi-formation: each stored image holds factor × factor smaller ones.
     step_size: float = CORE["step_size"]  # Initial value of the step sizes.
     optimizer: Literal["SGD", "Adam"] = CORE["optimizer"]  # Inner optimizer.
     momentum: float = CORE["momentum"]  # Momentum of SGD.
@@ -140,9 +137,7 @@ def make_run(options: Options, dataset: du.Dataset) -> runs.Run:
     seed, counts = options.fixed_initialization, options.take(du.initialize)
     make_network = du.LeNet if seed is None else du.fixed_initialization(du.LeNet, seed=seed)
     images, labels = du.initialize(dataset, options.init, std=options.init_std, **counts)
-    packed = partial(multi_formation, factor=options.factor)
-    make_set = du.DistilledSet if options.factor == 1 else packed
-    distilled = make_set(images, labels, **options.take(du.DistilledSet))
+    distilled = du.DistilledSet(images, labels, **options.take(du.DistilledSet))
     choices = {"unroll": make_unroll(options), **options.take(runs.Run)}
     return runs.Run(distilled, dataset, make_network, **choices)
 

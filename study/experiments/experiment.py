@@ -166,7 +166,7 @@ def load_dataset(name: str, root: str, device: torch.device, quick: bool) -> du.
     dataset = du.load_mnist(root, name=name, device=device)
     if not quick:
         return dataset
-    sizes = {"train": 20_000, "validation": 200, "test": 200}
+    sizes = {"train": 30_000, "validation": 200, "test": 200}
     parts = {name: [part[:size] for part in getattr(dataset, name)] for name, size in sizes.items()}
     return replace(dataset, **{name: du.Split(*part) for name, part in parts.items()})
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor, nn
+from torch import nn
 
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe
@@ -22,19 +21,12 @@ from study.experiments.protocols import (
     best_constant_step_size,
     learn_step_sizes,
     measure_schedule,
+    neighbor_accuracy,
     schedule_controls,
     validation_accuracy,
 )
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
-INITIALIZATIONS = {
-    "Xavier normal": nn.init.xavier_normal_,
-    "Xavier uniform": nn.init.xavier_uniform_,
-    "He normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
-    "PyTorch default": partial(nn.init.kaiming_uniform_, a=5**0.5),
-    "orthogonal": nn.init.orthogonal_,
-}
-DISTILLED_FOR = ("Xavier normal", "PyTorch default")
 ATTACKS = ((0, 1), (3, 8), (9, 4))  # the class attacked, and the one that networks should predict
 PRETRAINING = {"MNIST": (1, 128), "scikit-learn digits": (15, 32)}  # epochs, batch size
 SWEEPS = {  # steps, images of each class in a step, epochs
@@ -61,13 +53,14 @@ def distill_images(
     epochs: int = 3,
     step_size: float = 0.03,
     soft_labels: bool = False,
+    optimizer: str = "SGD",
     **options,
 ) -> tuple[du.DistilledSet, str]:
-    """Images distilled from noise or real ones by the paper's method; returns them with their name."""
+    """Images distilled by the paper's method; returns them with their name."""
     content = {"steps": steps, "per_class": per_class, "std": 0.3, "seed": experiment.seed}
     images = du.initialize(experiment.dataset, init, **content)
-    inner = {"epochs": epochs, "step_size": step_size, "soft_labels": soft_labels}
-    distilled = du.DistilledSet(*images, **inner)
+    inner = {"epochs": epochs, "step_size": step_size, "optimizer": optimizer}
+    distilled = du.DistilledSet(*images, soft_labels=soft_labels, **inner)
     return distilled, experiment.distill(distilled, **options)
 
 
@@ -83,17 +76,6 @@ def random_initialization(experiment: Experiment, *, networks: int, **options) -
     """Images for random initializations, tested on unseen ones."""
     distilled, name = distill_images(experiment, batch_size=128, **options)
     measure_schedule(experiment, distilled, networks=networks, set=name)
-
-
-def initializations(experiment: Experiment) -> None:
-    """Images distilled for one distribution of initial weights, tested on others."""
-    factories = {name: partial(du.LeNet, initialize=rule) for name, rule in INITIALIZATIONS.items()}
-    for source in DISTILLED_FOR:
-        options = {"make_network": factories[source], "label": source.split()[0].lower()}
-        distilled, name = distill_images(experiment, iterations=400, batch_size=128, **options)
-        for title, make_network in factories.items():
-            columns = {"set": name, "network": f"LeNet, {title}"}
-            measure_schedule(experiment, distilled, make_network, **columns)
 
 
 # ---------------------------------------------------------------------------- undistilled baselines
@@ -153,15 +135,6 @@ def nearest_neighbors(experiment: Experiment) -> None:
         choice = max(itertools.product((1, 2), (1, 3)), key=lambda choice: validate(*choice))
         values = [neighbor_accuracy(*sample, mnist.test, *choice) for sample in samples]
         experiment.measure(values, images=title, **columns)
-
-
-def neighbor_accuracy(
-    images: Tensor, labels: Tensor, split: du.Split, norm: int, neighbors: int
-) -> float:
-    """Percentage of `split` classified correctly by its neighbors among images [steps, n, c, h, w]."""
-    classifier = KNeighborsClassifier(neighbors, p=norm)
-    classifier.fit(images.flatten(0, 1).flatten(1).cpu(), labels.flatten(0, 1).argmax(-1).cpu())
-    return 100 * classifier.score(split.images.flatten(1).cpu(), split.labels.cpu())
 
 
 # ------------------------------------------------------------------------------ pretrained networks
@@ -303,6 +276,7 @@ def sweep(steps: int, per_class: int, epochs: int) -> Recipe:
 
 TEN = partial(fixed_initialization, steps=1, iterations=16_000, step_size=0.15)
 HUNDRED = partial(random_initialization, iterations=800, networks=200)
+SOFT = dict(init="k-means", soft_labels=True, optimizer="Adam", step_size=0.003, iterations=4000)
 CENTERS = ("k-means", "class means")
 EXPERIMENTS = {
     "fixed-10": Recipe(TEN, SEEDS),
@@ -310,6 +284,7 @@ EXPERIMENTS = {
     "fixed-100": Recipe(partial(fixed_initialization, iterations=1500), SEEDS),
     "random-noise": Recipe(partial(HUNDRED, init="noise"), SEEDS),
     "random-real": Recipe(HUNDRED, SEEDS),
+    "mnist-ipc10-30updates": Recipe(partial(HUNDRED, **SOFT), SEEDS),
     "random-real-5-epochs": Recipe(partial(HUNDRED, epochs=5)),
     "attack": Recipe(attack),
     "adapt-digits-to-mnist": Recipe(partial(adaptation, source="digits")),
@@ -319,7 +294,7 @@ EXPERIMENTS = {
     "random-samples": Recipe(random_samples),
     "controls-fixed-10": Recipe(schedule_controls, SEEDS, needs="fixed-10"),
     "controls-random-noise": Recipe(schedule_controls, needs="random-noise"),
+    "controls-mnist-ipc10-30updates": Recipe(schedule_controls, needs="mnist-ipc10-30updates"),
     "nearest-neighbors": Recipe(nearest_neighbors),
-    "initializations": Recipe(initializations),
     **{sweep_name(*point): sweep(*point) for points in SWEEPS.values() for point in points},
 }

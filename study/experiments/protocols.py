@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
 import distill_utils as du
 from study.experiments.experiment import Experiment
 from study.methods.architectures import TESTED_ON, ConvNet
-from study.methods.decoders import augment
 
 Content = tuple[str, str]  # what a set's images and labels are, in the words of the table
 NETWORKS = {**TESTED_ON, "ConvNet-3": ConvNet}
 FIXED = "LeNet, fixed initialization"
 UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize` calls them
-SCRATCH, ADAM = "from scratch", "from scratch by Adam"  # training, and how it varies
-AUGMENTED, REAL_STATISTICS = ", augmented", ", real statistics"
+SCRATCH = "from scratch by Adam"
+SEEN, SCRATCH_STEP_SIZES = (
+    96_000,
+    (1e-3, 3e-3),
+)  # images that a network sees from scratch, and candidates
 STEP_SIZES = {  # candidates for a constant one
     "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
     "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),
@@ -61,90 +62,69 @@ def train_from_scratch(
     split: du.Split,
     make_network: du.Factory = du.LeNet,
     *,
-    networks: int = 10,
-    epochs: int = 300,
-    batch_size: int = 256,
-    step_size: float = 0.01,
-    optimizer: str = "SGD",
-    black: float | None = None,
-    statistics: Tensor | None = None,
+    networks: int = 5,
+    seen: int = SEEN,
+    step_size: float = 1e-3,
     seed: int = 10_000,
 ) -> du.Accuracies:
-    """Accuracies on `split` of fresh networks trained on images and labels alone, without the learned schedule.
-
-    The defaults are the protocol of dataset condensation (Zhao et al. 2021) without its augmentation, weight decay and
-    drop of the step size. Networks may have batch normalization and dropout.
+    """Accuracies on `split` of fresh networks trained on images and labels alone, without the learned schedule: by Adam
+    in shuffled minibatches of 64.
 
     Args:
         networks: initializations, all drawn from `seed` before any of them is trained.
+        seen: images that a network sees, rounded to whole epochs.
         step_size: the same for all updates.
-        optimizer: "SGD", with momentum 0.9, or "Adam".
-        black: turn, shift and scale each image anew in every update; what moves in has this value.
-        statistics: images [n, c, h, w] that batch normalization takes its statistics from after training.
 
-    Raises ValueError for a count or a step size that is not positive, and for another optimizer.
+    Raises ValueError for a count or a step size that is not positive.
     """
-    du.require_counts(networks=networks, epochs=epochs, batch_size=batch_size)
+    du.require_counts(networks=networks, seen=seen)
     du.require(step_size > 0, f"step_size={step_size}: give more than 0")
-    kinds = {"SGD": partial(torch.optim.SGD, momentum=0.9), "Adam": torch.optim.Adam}
-    du.require(optimizer in kinds, f"optimizer={optimizer!r}: give SGD or Adam")
-    options = {"epochs": epochs, "batch_size": batch_size}
-    if black is not None:
-        options["transform"] = partial(augment, black=black)
     device, values = split.images.device, []
     content = (distilled.decode(), distilled.labels)
     images = du.Split(*(part.detach().flatten(0, 1).to(device) for part in content))
+    epochs = scratch_epochs(distilled, seen)
     with du.seeded(seed):
         fresh = [make_network().to(device) for _ in range(networks)]
         shuffles = torch.get_rng_state()
         for network in fresh:
             torch.set_rng_state(shuffles)  # all networks see the images in the same order
-            steps = kinds[optimizer](network.parameters(), lr=step_size)
-            du.train(network.train(), images, optimizer=steps, **options)
-            if statistics is not None:
-                torch.optim.swa_utils.update_bn(statistics.split(250), network)
+            adam = torch.optim.Adam(network.parameters(), lr=step_size)
+            du.train(network.train(), images, epochs=epochs, optimizer=adam)
             values.append(du.accuracy(network.eval(), split).cpu())
     return du.Accuracies(torch.stack(values))
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """Training from scratch: networks tested, step sizes to choose from on validation images, and the images that each
-    network sees by Adam; without their number, it is SGD for 300 epochs."""
-
-    networks: int
-    step_sizes: tuple[float, ...] = (0.01,)
-    seen: int | None = None
+def scratch_epochs(distilled: du.DistilledSet, seen: int = SEEN) -> int:
+    """Epochs from scratch, in which networks see about so many images."""
+    return max(1, round(seen / distilled.labels[..., 0].numel()))
 
 
 def measure_scratch(
     experiment: Experiment,
-    sets: dict[Content, du.DistilledSet],
-    networks: dict[str, Scratch],
-    variant: str = "",
+    distilled: du.DistilledSet,
+    networks: dict[str, int],
     **columns: str,
 ) -> None:
-    """Measures what networks reach from scratch on each of several sets, plain, augmented or with real statistics."""
-    dataset, variants = experiment.dataset, {}
-    if variant == AUGMENTED:
-        variants = {"black": float(dataset.train.images.min())}
-    elif variant == REAL_STATISTICS:
-        variants = {"statistics": dataset.train.images[:2500]}
-    pairs = itertools.product(experiment.some(networks.items()), sets.items())
-    for (network, scratch), ((images, labels), distilled) in pairs:
-        options = {"epochs": experiment.reduced(300), "make_network": NETWORKS[network], **variants}
-        if scratch.seen:
-            epochs = round(experiment.reduced(scratch.seen) / distilled.labels[..., 0].numel())
-            options |= {"optimizer": "Adam", "batch_size": 64, "epochs": max(1, epochs)}
+    """Measures what so many networks of each kind reach from scratch, by the step size that is best on validation
+    images."""
+    dataset, seen = experiment.dataset, experiment.reduced(SEEN)
+    for network, count in experiment.some(networks.items()):
+        options = {"make_network": NETWORKS[network], "seen": seen}
         train = partial(train_from_scratch, distilled, **options)
         choose = partial(train, dataset.validation, networks=1, seed=du.VALIDATION_SEED)
-        (best, *others) = scratch.step_sizes
-        if others:
-            best = max(scratch.step_sizes, key=lambda size: choose(step_size=size).mean)
-        options = {"networks": experiment.reduced(scratch.networks), "step_size": best}
-        columns |= {"network": network, "training": (ADAM if scratch.seen else SCRATCH) + variant}
-        columns |= {"images": images, "labels": labels, "step_sizes": "constant"}
-        experiment.measure(train(dataset.test, **options).values, **columns)
+        best = max(SCRATCH_STEP_SIZES, key=lambda size: choose(step_size=size).mean)
+        accuracies = train(dataset.test, networks=experiment.reduced(count), step_size=best)
+        usual = {"network": network, "training": SCRATCH, "step_sizes": "constant"}
+        experiment.measure(accuracies.values, **usual | columns)
+
+
+def neighbor_accuracy(
+    images: Tensor, labels: Tensor, split: du.Split, norm: int, neighbors: int
+) -> float:
+    """Percentage of `split` classified correctly by its neighbors among images [steps, n, c, h, w]."""
+    classifier = KNeighborsClassifier(neighbors, p=norm)
+    classifier.fit(images.flatten(0, 1).flatten(1).cpu(), labels.flatten(0, 1).argmax(-1).cpu())
+    return 100 * classifier.score(split.images.flatten(1).cpu(), split.labels.cpu())
 
 
 # --------------------------------------------------------------------------------- controls of a schedule
@@ -167,11 +147,13 @@ def best_constant_step_size(
     return du.best_constant_step_size(control, experiment.dataset, **options)
 
 
-def learn_step_sizes(experiment: Experiment, control: du.DistilledSet) -> du.DistilledSet:
+def learn_step_sizes(
+    experiment: Experiment, control: du.DistilledSet, *, iterations: int = 200
+) -> du.DistilledSet:
     """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
     learned = copy.deepcopy(control)
     options = {"learning_rate": 0, "step_size_learning_rate": 0.03}  # 0 keeps images and labels
-    experiment.improve(learned, iterations=200, batch_size=128, **options)
+    experiment.improve(learned, iterations=iterations, batch_size=128, **options)
     return learned
 
 
@@ -188,8 +170,6 @@ def undistilled_sets(distilled: du.DistilledSet, dataset: du.Dataset) -> dict[st
     (steps, n, classes), sets = distilled.labels.shape, {}
     for title, kind in UNDISTILLED.items():
         images, labels = du.initialize(dataset, kind, steps=steps, per_class=n // classes)
-        if isinstance(distilled.decoder, du.MultiFormation):
-            images = distilled.decoder.pack(images)
         sets[title] = with_schedule_of(distilled, images, labels)
     return sets
 

@@ -1,0 +1,217 @@
+"""What training sets of equal size teach, from 4 to 314 kB: real images, compressed sets and distilled ones.
+
+Networks are trained from scratch on all of them: LeNets, and `HELD_OUT`, which no set was made for. Sets distilled for
+a learned schedule are tested by that, too.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import distill_utils as du
+from study.experiments.experiment import Experiment, Recipe, find_set
+from study.experiments.protocols import (
+    hard_labels,
+    learn_step_sizes,
+    measure_schedule,
+    measure_scratch,
+    neighbor_accuracy,
+)
+from study.methods.architectures import Stack
+from study.methods.compression import (
+    CODE_BITS,
+    compress,
+    fit_decoder,
+    real_images,
+    stored_bytes,
+    train_teacher,
+)
+from study.methods.truncation import NetworkPool
+
+SEEDS = (0, 1, 2)
+HELD_OUT = ("ViT", "MLP-Mixer", "GRU over rows", "ConvNeXt-like")
+TESTED = {"LeNet": 5, **dict.fromkeys(HELD_OUT, 1)}  # networks behind each row
+SIZES = {"mnist": (4, 8, 31, 80, 314), "fashion": (8, 31, 314)}  # kB
+FORMATS = {"real": (28, 256), "small real": (14, 16)}  # pixels across, levels of gray
+GENERATED, CODED = dict(generator=True, beta=2.0), dict(generator=False, beta=0.5)
+NARROW = {"whole": 1, "half": 2}  # a divisor of its width
+COMPRESSED = {  # training from scratch
+    "mnist-8kB": dict(GENERATED, kilobytes=8, codes=8, channels=(8, 8)),
+    "mnist-31kB": dict(GENERATED, kilobytes=31, codes=12, channels=(16, 12)),
+    "mnist-80kB": dict(GENERATED, kilobytes=80, codes=16, channels=(32, 16)),
+    "mnist-314kB": dict(CODED, kilobytes=314, codes=24, channels=(32, 16)),
+    "fashion-8kB": dict(GENERATED, kilobytes=8, codes=8, channels=(8, 8)),
+    "fashion-31kB": dict(GENERATED, kilobytes=31, codes=12, channels=(16, 12)),
+}
+DISTILLED = {  # a learned schedule, of as many steps, images in each and epochs
+    "mnist-4kB-50updates": dict(CODED, kilobytes=4, codes=12, channels=(6, 4), size=(5, 30, 10)),
+    "mnist-8kB-50updates": dict(CODED, kilobytes=8, codes=12, channels=(8, 8), size=(5, 60, 10)),
+}
+
+
+# ---------------------------------------------------------------------------------------- compressed
+def load_teacher(experiment: Experiment) -> du.Ensemble:
+    """Four LeNets trained on all real images, which are kept for other experiments of the same dataset and seed."""
+    name = f"teacher-{experiment.dataset.name}-{experiment.seed}{'-quick' * experiment.quick}.pt"
+    path = experiment.checkpoints.with_name(name)
+    if not path.exists():
+        options = {"epochs": experiment.reduced(6), "seed": experiment.seed}
+        teacher = train_teacher(experiment.dataset, networks=4, **options)
+        with du.replacing(path) as unfinished:
+            torch.save(teacher, unfinished)
+    return torch.load(path, map_location=experiment.device, weights_only=False)
+
+
+def make_compressed(experiment: Experiment, *, kilobytes: float, **options) -> du.DistilledSet:
+    """As many images with soft labels as fit, nothing of which is distilled."""
+    teacher, seed = load_teacher(experiment), {"seed": experiment.seed}
+    options["iterations"] = experiment.reduced(15_000)
+    fitted = fit_decoder(experiment.dataset, **options, **seed)
+    return compress(experiment.dataset, teacher, *fitted, kilobytes=kilobytes, **seed)
+
+
+def measure_bytes(experiment: Experiment, *, set: str, **columns: str) -> None:
+    """Measures the size of a saved set."""
+    size = stored_bytes(find_set(set, experiment.folder))
+    experiment.measure([size], metric="bytes", network="", set=set, **columns)
+
+
+def compressed(experiment: Experiment, **options) -> None:
+    """A compressed set, with its labels and with the most probable classes alone."""
+    fitted = make_compressed(experiment, **options)
+    columns = {"set": experiment.save(fitted), "images": "compressed"}
+    measure_bytes(experiment, **columns)
+    measure_scratch(experiment, fitted, TESTED, labels="teacher", **columns)
+    hard = du.DistilledSet(fitted.decode().detach(), hard_labels(fitted.labels.detach()))
+    measure_scratch(experiment, hard, {"LeNet": 5}, labels="hard", **columns)
+
+
+# --------------------------------------------------------------------------------------------- real
+def real(experiment: Experiment, *, kilobytes: float) -> None:
+    """Real images, losslessly compressed or small and of few gray levels, with true labels or a teacher's; and the
+    accuracy of their single nearest neighbor, without a network."""
+    dataset, teachers = experiment.dataset, {"true": None, "teacher": load_teacher(experiment)}
+    for images, (size, levels) in FORMATS.items():
+        for labels, teacher in teachers.items():
+            options = {"size": size, "levels": levels, "seed": experiment.seed}
+            chosen, size_in_bytes = real_images(dataset, teacher, kilobytes=kilobytes, **options)
+            columns = {"set": f"{kilobytes} kB", "images": images, "labels": labels}
+            experiment.measure([size_in_bytes], metric="bytes", **columns | {"network": ""})
+            measure_scratch(experiment, chosen, TESTED, **columns)
+            if teacher is None:
+                neighbor = neighbor_accuracy(
+                    chosen.decode().detach(), chosen.labels, dataset.test, 2, 1
+                )
+                experiment.measure([neighbor], **columns | {"network": "nearest neighbor"})
+
+
+# ---------------------------------------------------------------------------------------- distilled
+def distilled(
+    experiment: Experiment, *, size: tuple[int, int, int], iterations: int, **options
+) -> None:
+    """A compressed set, distilled for a learned schedule through the rounding of its numbers; beside it, the set before
+    distillation, whose step sizes were learned for as many iterations.
+
+    Args:
+        size: steps, images in each, and epochs.
+        iterations: of distillation.
+        options: of `make_compressed`.
+    """
+    start = in_steps(make_compressed(experiment, **options), size)
+    control = learn_step_sizes(experiment, start, iterations=iterations)
+    rates = {"learning_rate": 0.01, "step_size_learning_rate": 0.02}
+    name = experiment.distill(start, iterations=iterations, batch_size=256, **rates)
+    stored = experiment.load(name)
+    measure_bytes(experiment, set=name, images="distilled", labels="distilled")
+    measure_schedule(experiment, stored, labels="distilled", set=name)
+    columns = {"set": name, "images": "compressed", "labels": "teacher"}
+    measure_schedule(experiment, control, step_sizes="learned", **columns)
+    measure_scratch(experiment, control, TESTED, **columns)
+    measure_scratch(experiment, stored, TESTED, set=name, images="distilled", labels="distilled")
+
+
+def in_steps(fitted: du.DistilledSet, size: tuple[int, int, int]) -> du.DistilledSet:
+    """The first images of a compressed set in steps, of which the classes take turns, for Adam."""
+    steps, n, epochs = size
+    content = [part.detach()[0, : steps * n] for part in (fitted.images, fitted.labels)]
+    content = [part.unflatten(0, (steps, -1)) for part in content]
+    # Labels get 4 bits, as a small part of the set.
+    options = {"soft_labels": True, "label_smoothing": 1e-4, "bits": fitted.bits}
+    options |= {"optimizer": "Adam", "step_size": 0.003, "epochs": epochs}
+    return du.DistilledSet(*content, decoder=copy.deepcopy(fitted.decoder), **options)
+
+
+def whole(experiment: Experiment, *, per_class: int, window: int, iterations: int) -> None:
+    """Whole images in 8 bits, distilled for training from scratch, beside the k-means centers that they start from."""
+    dataset, options = experiment.dataset, {"steps": 1, "per_class": per_class}
+    centers = du.initialize(dataset, "k-means", seed=experiment.seed, **options)
+    inner = {"epochs": 300, "momentum": 0.9, "step_size": 0.01}  # that of training from scratch
+    distilled = du.DistilledSet(*centers, soft_labels=True, bits=8, **inner)
+    outer = {"batch_size": 512, "learning_rate": 0.05, "step_size_learning_rate": 0}
+    outer |= {"unroll": NetworkPool(10, window=window), "iterations": iterations}
+    columns = {"set": experiment.distill(distilled, **outer)}
+    columns |= {"images": "distilled", "labels": "distilled"}
+    measure_bytes(experiment, **columns)
+    measure_scratch(experiment, experiment.load(columns["set"]), TESTED, **columns)
+    columns |= {"images": "k-means", "labels": "true"}
+    measure_scratch(experiment, du.DistilledSet(*centers), TESTED, **columns)
+
+
+# ---------------------------------------------------------------------------- networks in place of sets
+class FewBits(nn.Module):
+    """A network whose weights are rounded to 4 bits, biases to 16; its gradients pass as if they were not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        weights = {name: du.rounded(w, CODE_BITS) for name, w in self.network.named_parameters()}
+        return functional_call(self.network, weights, images)
+
+
+def few_bits_lenet(*, divisor: int) -> FewBits:
+    """A LeNet with fewer channels and units."""
+    c1, c2, h1, h2 = (width // divisor for width in (6, 16, 120, 84))
+    return FewBits(Stack(((c1, 5, 2), "pool", (c2, 5, 0), "pool"), (25 * c2, h1, h2)))
+
+
+def networks(experiment: Experiment) -> None:
+    """Networks trained on all real images, which could be stored in place of a set: LeNets, and some of few bits."""
+    dataset, kinds = experiment.dataset, {"LeNet": du.LeNet}
+    kinds |= {
+        f"LeNet, {name}, 4 bits": partial(few_bits_lenet, divisor=d) for name, d in NARROW.items()
+    }
+    for name, make_network in kinds.items():
+        with du.seeded(experiment.seed):
+            network = make_network().to(experiment.device)
+            du.train(network, dataset.train, epochs=experiment.reduced(5))
+        bits = CODE_BITS if isinstance(network, FewBits) else 32
+        sizes = [
+            w.numel() * (bits if w.dim() > 1 else min(32, 4 * bits)) / 8
+            for w in network.parameters()
+        ]
+        columns = {"network": name, "images": "all real", "labels": "true", "training": "5 epochs"}
+        experiment.measure([du.accuracy(network, dataset.test)], **columns)
+        experiment.measure([sum(sizes)], metric="bytes", **columns)
+
+
+# --------------------------------------------------------------------------------------- experiments
+EXPERIMENTS = {
+    **{name: Recipe(partial(compressed, **options), SEEDS) for name, options in COMPRESSED.items()},
+    **{name: Recipe(partial(distilled, **options), SEEDS) for name, options in DISTILLED.items()},
+    **{
+        f"{dataset}-{size}kB-real": Recipe(partial(real, kilobytes=size), SEEDS)
+        for dataset, sizes in SIZES.items()
+        for size in sizes
+    },
+    "mnist-8kB-whole": Recipe(partial(whole, per_class=1, window=60, iterations=1400), SEEDS),
+    "mnist-80kB-whole": Recipe(partial(whole, per_class=10, window=60, iterations=1400), SEEDS),
+    "mnist-networks": Recipe(networks, SEEDS),
+    "fashion-networks": Recipe(networks, SEEDS),
+}

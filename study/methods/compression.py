@@ -1,0 +1,204 @@
+"""Undistilled training sets of few bytes: images of a small generator, codes of real images, and real images packed."""
+
+from __future__ import annotations
+
+import lzma
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import distill_utils as du
+
+# Labels: four levels of log-probability, from 1 to 0.001.
+LABELS = {"soft_labels": True, "label_smoothing": 0.01, "label_bits": 2}
+CODE_BITS = 4  # of a code's number, and of a decoder's weight
+
+
+# ------------------------------------------------------------------------------------------- labels
+def train_teacher(dataset: du.Dataset, *, networks: int, epochs: int, seed: int = 0) -> du.Ensemble:
+    """LeNets trained on all real images, side by side."""
+    device = dataset.train.images.device
+    make_network = partial(du.LeNet, classes=dataset.classes)
+    with du.seeded(seed):
+        fresh = du.sample_networks(make_network, networks, device)
+        return du.train(du.Ensemble(fresh), dataset.train, epochs=epochs)
+
+
+@torch.no_grad()
+def teach(teacher: nn.Module, images: Tensor) -> Tensor:
+    """Soft labels [n, classes] of images [n, c, h, w]: the geometric mean of the teacher's probabilities."""
+    scores = [teacher(part).log_softmax(-1).mean(0) for part in images.split(500)]
+    return torch.cat(scores).softmax(-1)
+
+
+# ------------------------------------------------------------------------------ a decoder for all images
+def fit_decoder(
+    dataset: du.Dataset,
+    *,
+    codes: int,
+    channels: Sequence[int],
+    generator: bool,
+    beta: float,
+    iterations: int,
+    per_class: int = 13,
+    seed: int = 0,
+) -> tuple[du.CodeDecoder, nn.Module]:
+    """A variational autoencoder (Kingma and Welling 2014) whose decoder has weights of few bits.
+
+    Args:
+        codes: numbers in a code.
+        channels: of the decoder.
+        generator: whether the decoder is one, which gets the class beside the code.
+        beta: weight of the codes' divergence from normal samples.
+        iterations: updates by Adam.
+        per_class: images of each class in a minibatch.
+
+    Returns the decoder and the encoder, which turns pixels [n, c × h × w] into codes [n, codes] and, behind them, the
+    logarithms of their standard deviations.
+    """
+    du.require_counts(codes=codes, iterations=iterations, per_class=per_class)
+    (images, labels), device = dataset.train, dataset.train.images.device
+    members = [(labels == label).nonzero().flatten() for label in range(dataset.classes)]
+    one_hot = torch.eye(dataset.classes * generator).repeat(per_class, 1).to(images)
+    points = du.normal_points(per_class, codes).repeat_interleave(dataset.classes, 0)
+    points = points.to(images) * generator
+    with du.seeded(seed):
+        decoder = du.CodeDecoder(codes, channels, images.shape[1:], one_hot.shape[1]).to(device)
+        hidden = nn.Linear(images[0].numel() + one_hot.shape[1], 256), nn.ReLU()
+        encoder = nn.Sequential(*hidden, nn.Linear(256, 2 * codes)).to(device)
+        optimizer = torch.optim.Adam([*decoder.parameters(), *encoder.parameters()], lr=3e-3)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+        for _ in range(iterations):
+            rows = [rows[torch.randint(len(rows), (per_class,))] for rows in members]
+            batch = images[torch.stack(rows, 1).flatten()]  # in which the classes take turns
+            inputs = torch.cat([batch.flatten(1), *[one_hot] * generator], 1)
+            mean, log_std = encoder(inputs).clamp(-6, 6).chunk(2, 1)
+            code = mean + log_std.exp() * torch.randn_like(mean)
+            weights = {name: du.rounded(w, CODE_BITS) for name, w in decoder.named_parameters()}
+            (decoded,) = functional_call(decoder, weights, stack(code - points))
+            divergence = ((mean**2 + (2 * log_std).exp() - 1) / 2 - log_std).sum()
+            loss = ((decoded - batch).square().sum() + beta * divergence) / len(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            cosine.step()
+    for weight in decoder.parameters():
+        weight.data = du.rounded(weight.data, CODE_BITS)
+    return decoder, encoder
+
+
+def stack(codes: Tensor) -> Tensor:
+    """Codes [n, codes] as a set stores them, [1, n, codes, 1, 1]."""
+    return codes[None, ..., None, None]
+
+
+@torch.no_grad()
+def compress(
+    dataset: du.Dataset,
+    teacher: nn.Module,
+    decoder: du.CodeDecoder,
+    encoder: nn.Module,
+    *,
+    kilobytes: float,
+    seed: int = 0,
+) -> du.DistilledSet:
+    """A step of as many images as fit: those of a generator, whose codes take no bytes and are not learned, or decoded
+    codes of random real images. The arguments are what `train_teacher` and `fit_decoder` return."""
+    codes, images = decoder.options["codes"], dataset.train.images
+    most = min(int(1000 * kilobytes) // dataset.classes, least_of_a_class(dataset))  # a byte each
+    generator = decoder.options["classes"] > 0
+    if generator:
+        stored = stack(torch.zeros(most * dataset.classes, codes).to(images))
+    else:
+        (real,), _ = du.initialize(dataset, "real", steps=1, per_class=max(1, most), seed=seed)
+        stored = stack(du.rounded(encoder(real.flatten(1))[:, :codes], CODE_BITS))
+    labels = teach(teacher, decoder(stored)[0])[None]
+    options = {"bits": CODE_BITS, **LABELS}
+    pool = du.DistilledSet(stored, labels, **options)  # without a decoder, to measure it
+    tensors = [*decoder.parameters(), pool.step_sizes]
+
+    def count_bytes(per_class: int) -> int:
+        rows = slice(per_class * dataset.classes)
+        parts = (pool.images[:, rows], CODE_BITS), (pool.label_scores[:, rows], 2)
+        parts += tuple((tensor, CODE_BITS) for tensor in tensors)
+        return sum(8 + len(du.pack(*part)[0]) for part in parts)
+
+    rows = slice(dataset.classes * fitting(most, kilobytes, count_bytes))
+    distilled = du.DistilledSet(stored[:, rows], labels[:, rows], decoder=decoder, **options)
+    distilled.images.requires_grad_(not generator)
+    return distilled
+
+
+def least_of_a_class(dataset: du.Dataset) -> int:
+    """The training images of the class that has the fewest."""
+    return int(dataset.train.labels.bincount().min())
+
+
+def fitting(most: int, kilobytes: float, count_bytes: Callable[[int], int]) -> int:
+    """The images of each class, at most so many, that fit. Raises ValueError where not even one does."""
+    per_class = bisect_right(range(1, most + 1), 1000 * kilobytes, key=count_bytes)
+    remedy = "an image of each class takes more"
+    du.require(per_class > 0, f"kilobytes={kilobytes}: {remedy}")
+    return per_class
+
+
+def stored_bytes(path: str | Path) -> int:
+    """The bytes of a saved set's tensors, and 8 for the scale and the offset of each."""
+    return sum(8 + tensor.nbytes for tensor in safetensors.torch.load_file(path).values())
+
+
+# -------------------------------------------------------------------------------------- real images
+def real_images(
+    dataset: du.Dataset,
+    teacher: nn.Module | None = None,
+    *,
+    kilobytes: float,
+    size: int = 28,
+    levels: int = 256,
+    seed: int = 0,
+) -> tuple[du.DistilledSet, int]:
+    """As many random real images as LZMA packs into the bytes, as many of each class; and the bytes that they take.
+
+    Args:
+        teacher: gives soft labels, 2 bits for each class; true ones take no bytes, as the classes are in order.
+        size: of the images as stored, at most their own.
+        levels: of gray, evenly spaced.
+    """
+    low, high = ((pixel - dataset.mean) / dataset.std for pixel in (0, 1))
+    most, classes = least_of_a_class(dataset), dataset.classes
+    images, labels = du.initialize(dataset, "real", steps=1, per_class=most, seed=seed)
+    small = F.interpolate(images[0], (size, size), mode="bilinear", antialias=True)
+    numbers = ((small - low) / (high - low) * (levels - 1)).round().clamp(0, levels - 1)
+    seen = F.interpolate(
+        numbers / (levels - 1) * (high - low) + low, images.shape[-2:], mode="bilinear"
+    )
+    numbers = (
+        numbers.byte().cpu().unflatten(0, (-1, classes)).transpose(0, 1)
+    )  # the classes in order
+    scores = None
+    if teacher is not None:
+        soft = du.DistilledSet(seen[None], teach(teacher, seen)[None], bits=CODE_BITS, **LABELS)
+        labels, scores = soft.labels.detach(), soft.label_scores.detach()
+
+    def count_bytes(per_class: int) -> int:
+        taught = 0 if scores is None else 8 + len(du.pack(scores[:, : per_class * classes], 2)[0])
+        return packed_bytes(numbers[:, :per_class]) + taught
+
+    per_class = fitting(most, kilobytes, count_bytes)
+    rows = slice(per_class * classes)
+    return du.DistilledSet(seen[None, rows], labels[:, rows]), count_bytes(per_class)
+
+
+def packed_bytes(numbers: Tensor) -> int:
+    """Bytes of whole numbers [..., h, w] as LZMA packs them, by rows or by columns, whichever takes fewer."""
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
+    orders = numbers, numbers.transpose(-2, -1)
+    packed = (lzma.compress(x.numpy().tobytes(), lzma.FORMAT_RAW, filters=filters) for x in orders)
+    return min(map(len, packed))
