@@ -1,6 +1,6 @@
 """The one table of measurements, and what is made from it: tables, the sets' cards and the README's results.
 
-python -m study.results     write the cards in distilled/, and the README's table and figure again
+python -m study.results     write the cards in distilled/, the READMEs' tables and the figure again
 
 results = Results()
 print(results.accuracies(experiment="random-noise"))  # mean ± std over all networks of three sets
@@ -8,7 +8,6 @@ print(results.accuracies(experiment="random-noise"))  # mean ± std over all net
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from study.experiments.experiment import (
     read_metadata,
     read_table,
 )
-from study.experiments.protocols import FIXED, SCRATCH, UNDISTILLED, scratch_epochs, training
+from study.experiments.protocols import FIXED, UNDISTILLED, scratch_epochs, training
 from study.experiments.storage import COMPRESSED, DISTILLED, FORMATS, HELD_OUT, SIZES
 from study.methods.compression import stored_bytes
 
@@ -95,10 +94,9 @@ def control_rows(results: Results, name: str) -> pd.DataFrame:
     main = main_rows(results, name)
     columns = {column: main[column].unique() for column in ("network", "training")}
     real = [*FORMATS] if name in COMPRESSED else [*FORMATS, *UNDISTILLED, "compressed"]
-    size = re.match(r"\w+-\d+kB", name)
-    names = [
-        key for key in results.measurements.experiment.unique() if size and key.startswith(size[0])
-    ]
+    size, kilobytes, _ = name.partition("kB")
+    names = results.measurements.experiment.unique()
+    names = [key for key in names if kilobytes and key.startswith(size + kilobytes)]
     return results.rows(experiment=[name, f"controls-{name}", *names], images=real, **columns)
 
 
@@ -151,7 +149,6 @@ def beside_reported(results: Results, *experiments: str) -> pd.DataFrame:
 ARMS = {  # title: the end of the experiments' names, the images and their labels, and how to draw them
     "real images": ("-real", "real", "true", "C7s-"),
     "real images, teacher's labels": ("-real", "real", "teacher", "C7s--"),
-    "small real images": ("-real", "small real", "true", "C8D-"),
     "small real images, teacher's labels": ("-real", "small real", "teacher", "C8D--"),
     "compressed set": ("", "compressed", "teacher", "C0o-"),
     "distilled set": ("-50updates", "distilled", "distilled", "C3o-"),
@@ -169,7 +166,7 @@ def mean_by_size(
     rows = rows[rows.experiment.str.fullmatch(experiments) & (rows.images == images)]
     rows = rows[rows.labels.isin([labels, ""])]  # a set's size has no labels
     measured = rows[rows.network.isin(networks) & (rows.metric == "accuracy")]
-    measured = measured[measured.training.isin([SCRATCH, "", "5 epochs"])]
+    measured = measured[~measured.training.str.contains("updates")]  # by a learned schedule
     for experiment, group in measured.groupby("experiment"):
         seeds = group.groupby(["seed", "network"]).value.mean().groupby("seed").mean()
         sizes = rows[(rows.experiment == experiment) & (rows.metric == "bytes")]
@@ -272,7 +269,6 @@ CONTROLS = {
 Soft labels are those of a *teacher*, four LeNets trained on all images, and count; true ones take no bytes.""",
     False: "Controls are undistilled images, as many and stored in the same way.",
 }
-TABLE = re.compile("(?<=<!-- results -->\n\n).*(?=\n\n<!-- end of results -->)", re.DOTALL)
 
 
 def card(name: str, results: Results) -> str:
@@ -323,6 +319,20 @@ def use_code(distilled: du.DistilledSet, name: str, dataset: str) -> str:
     return "import torch\n\n" + load + TRAIN.format(epochs=scratch_epochs(distilled))
 
 
+def sets_table(results: Results) -> pd.DataFrame:
+    """The shipped sets, their sizes and what they and their controls reach as they are meant to be used."""
+    lines = []
+    for name in SHIPPED:
+        main, control = main_rows(results, name), strongest(control_rows(results, name))
+        kilobytes = f"{stored_bytes(find_set(name)) / 1000:.1f}"
+        kind = "compressed" if name in COMPRESSED else "distilled"
+        training = main.training.iloc[0]
+        control = f"{count(control)}: {words(control)}"
+        lines.append([f"[`{name}`]({name}.md)", kilobytes, kind, training, count(main), control])
+    head = ["set", "kB", "kind", "training", "accuracy (%)", "best control"]
+    return pd.DataFrame(lines, columns=head)
+
+
 def facts(distilled: du.DistilledSet, metadata: dict) -> dict[str, str]:
     """What a set's file says, by topic."""
     mean, std = float(metadata["mean"]), float(metadata["std"])
@@ -343,17 +353,25 @@ def write(path: Path, text: str) -> None:
         unfinished.write_text(text)
 
 
+def replace_table(path: Path, marker: str, table: pd.DataFrame) -> None:
+    """Puts a table between the comments `marker` and `end of marker` of a Markdown file."""
+    before, rest = path.read_text().split(f"<!-- {marker} -->\n\n")
+    _, after = rest.split(f"<!-- end of {marker} -->")
+    table = table.to_markdown(index=False)
+    write(path, f"{before}<!-- {marker} -->\n\n{table}\n\n<!-- end of {marker} -->{after}")
+
+
 def main() -> None:
-    """Writes the card of each shipped set, and the README's figure and table."""
-    results, readme = Results(), ROOT / "README.md"
+    """Writes the card of each shipped set, the tables in both READMEs and the figure."""
+    results, folder = Results(), ROOT / "distilled"
     figure = Figure((10, 5), layout="constrained")
     draw_accuracy_per_byte(results, figure.subplots(1, 2, sharey=True))
     with du.replacing(ROOT / "figures" / "accuracy_per_byte.png") as unfinished:
         figure.savefig(unfinished, dpi=144, format="png")
     for name in SHIPPED:
-        write(ROOT / "distilled" / f"{name}.md", card(name, results))
-    table = headline(results).to_markdown(index=False)
-    write(readme, TABLE.sub(lambda _: table, readme.read_text()))
+        write(folder / f"{name}.md", card(name, results))
+    replace_table(folder / "README.md", "sets", sets_table(results))
+    replace_table(ROOT / "README.md", "results", headline(results))
 
 
 if __name__ == "__main__":
