@@ -66,12 +66,13 @@ class Options:
         stored = read_table(self.results, "runs")
         there = set(zip(stored.experiment, stored.seed, strict=True))
         place = (self.results, du.pick_device(self.device), self.data_root, self.quick)
-        return [
+        missing = [
             Experiment(name, seed, *place)
             for name in self.only or EXPERIMENTS
             for seed in EXPERIMENTS[name].seeds[: 1 if self.quick else None]
             if (name, seed) not in there
         ]
+        return sorted(missing, key=lambda experiment: experiment.seed)  # a first one of each
 
 
 def prepare_worker() -> None:

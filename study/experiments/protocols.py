@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import distill_utils as du
@@ -59,39 +60,33 @@ def measure_schedule(
 # ---------------------------------------------------------------------------------------- from scratch
 def train_from_scratch(
     distilled: du.DistilledSet,
-    split: du.Split,
     make_network: du.Factory = du.LeNet,
     *,
-    networks: int = 5,
+    networks: Iterable[int] = range(1),
     seen: int = SEEN,
     step_size: float = 1e-3,
-    seed: int = 10_000,
-) -> du.Accuracies:
-    """Accuracies on `split` of fresh networks trained on images and labels alone, without the learned schedule: by Adam
-    in shuffled minibatches of 64.
+) -> list[nn.Module]:
+    """Fresh networks, trained on images and labels alone, without the learned schedule: by Adam in shuffled minibatches
+    of 64.
 
     Args:
-        networks: initializations, all drawn from `seed` before any of them is trained.
+        networks: a number for each; its initialization and minibatches are drawn from it.
         seen: images that a network sees, rounded to whole epochs.
         step_size: the same for all updates.
 
     Raises ValueError for a count or a step size that is not positive.
     """
-    du.require_counts(networks=networks, seen=seen)
+    du.require_counts(seen=seen)
     du.require(step_size > 0, f"step_size={step_size}: give more than 0")
-    device, values = split.images.device, []
-    content = (distilled.decode(), distilled.labels)
-    images = du.Split(*(part.detach().flatten(0, 1).to(device) for part in content))
-    epochs = scratch_epochs(distilled, seen)
-    with du.seeded(seed):
-        fresh = [make_network().to(device) for _ in range(networks)]
-        shuffles = torch.get_rng_state()
-        for network in fresh:
-            torch.set_rng_state(shuffles)  # all networks see the images in the same order
+    content = distilled.decode(), distilled.labels
+    images = du.Split(*(part.detach().flatten(0, 1) for part in content))
+    epochs, trained = scratch_epochs(distilled, seen), []
+    for number in networks:
+        with du.seeded(10_000, number):
+            network = make_network().to(images.images.device)
             adam = torch.optim.Adam(network.parameters(), lr=step_size)
-            du.train(network.train(), images, epochs=epochs, optimizer=adam)
-            values.append(du.accuracy(network.eval(), split).cpu())
-    return du.Accuracies(torch.stack(values))
+            trained.append(du.train(network, images, epochs=epochs, optimizer=adam).eval())
+    return trained
 
 
 def scratch_epochs(distilled: du.DistilledSet, seen: int = SEEN) -> int:
@@ -105,17 +100,17 @@ def measure_scratch(
     networks: dict[str, int],
     **columns: str,
 ) -> None:
-    """Measures what so many networks of each kind reach from scratch, by the step size that is best on validation
-    images."""
+    """Measures what so many networks of each kind reach from scratch, by the step size with which the first of them is
+    best on validation images."""
     dataset, seen = experiment.dataset, experiment.reduced(SEEN)
     for network, count in experiment.some(networks.items()):
-        options = {"make_network": NETWORKS[network], "seen": seen}
-        train = partial(train_from_scratch, distilled, **options)
-        choose = partial(train, dataset.validation, networks=1, seed=du.VALIDATION_SEED)
-        best = max(SCRATCH_STEP_SIZES, key=lambda size: choose(step_size=size).mean)
-        accuracies = train(dataset.test, networks=experiment.reduced(count), step_size=best)
+        train = partial(train_from_scratch, distilled, NETWORKS[network], seen=seen)
+        firsts = {size: train(step_size=size) for size in SCRATCH_STEP_SIZES}
+        best = max(firsts, key=lambda size: du.accuracy(*firsts[size], dataset.validation))
+        others = train(step_size=best, networks=range(1, experiment.reduced(count)))
+        accuracies = [du.accuracy(trained, dataset.test) for trained in firsts[best] + others]
         usual = {"network": network, "training": SCRATCH, "step_sizes": "constant"}
-        experiment.measure(accuracies.values, **usual | columns)
+        experiment.measure(accuracies, **usual | columns)
 
 
 def neighbor_accuracy(

@@ -35,9 +35,10 @@ from study.methods.truncation import NetworkPool
 
 SEEDS = (0, 1, 2)
 HELD_OUT = ("ViT", "MLP-Mixer", "GRU over rows", "ConvNeXt-like")
-TESTED = {"LeNet": 5, **dict.fromkeys(HELD_OUT, 1)}  # networks behind each row
+TESTED = {"LeNet": 3, **dict.fromkeys(HELD_OUT, 1)}  # networks behind each row
 SIZES = {"mnist": (4, 8, 31, 80, 314), "fashion": (8, 31, 314)}  # kB
 FORMATS = {"real": (28, 256), "small real": (14, 16)}  # pixels across, levels of gray
+REAL = ("real", "true"), ("real", "teacher"), ("small real", "teacher")  # and their labels
 GENERATED, CODED = dict(generator=True, beta=2.0), dict(generator=False, beta=0.5)
 NARROW = {"whole": 1, "half": 2}  # a divisor of its width
 COMPRESSED = {  # training from scratch
@@ -88,26 +89,25 @@ def compressed(experiment: Experiment, **options) -> None:
     measure_bytes(experiment, **columns)
     measure_scratch(experiment, fitted, TESTED, labels="teacher", **columns)
     hard = du.DistilledSet(fitted.decode().detach(), hard_labels(fitted.labels.detach()))
-    measure_scratch(experiment, hard, {"LeNet": 5}, labels="hard", **columns)
+    measure_scratch(experiment, hard, {"LeNet": 3}, labels="hard", **columns)
 
 
 # --------------------------------------------------------------------------------------------- real
 def real(experiment: Experiment, *, kilobytes: float) -> None:
-    """Real images, losslessly compressed or small and of few gray levels, with true labels or a teacher's; and the
-    accuracy of their single nearest neighbor, without a network."""
-    dataset, teachers = experiment.dataset, {"true": None, "teacher": load_teacher(experiment)}
-    for images, (size, levels) in FORMATS.items():
-        for labels, teacher in teachers.items():
-            options = {"size": size, "levels": levels, "seed": experiment.seed}
-            chosen, size_in_bytes = real_images(dataset, teacher, kilobytes=kilobytes, **options)
-            columns = {"set": f"{kilobytes} kB", "images": images, "labels": labels}
-            experiment.measure([size_in_bytes], metric="bytes", **columns | {"network": ""})
-            measure_scratch(experiment, chosen, TESTED, **columns)
-            if teacher is None:
-                neighbor = neighbor_accuracy(
-                    chosen.decode().detach(), chosen.labels, dataset.test, 2, 1
-                )
-                experiment.measure([neighbor], **columns | {"network": "nearest neighbor"})
+    """Real images, losslessly compressed or small and of few gray levels, with true labels or a teacher's; and what
+    the nearest of them says of a test image, without a network."""
+    dataset, teacher = experiment.dataset, load_teacher(experiment)
+    for images, labels in REAL:
+        (size, levels), taught = FORMATS[images], teacher if labels == "teacher" else None
+        options = {"size": size, "levels": levels, "seed": experiment.seed}
+        chosen, stored = real_images(dataset, taught, kilobytes=kilobytes, **options)
+        columns = {"set": f"{kilobytes} kB", "images": images, "labels": labels}
+        experiment.measure([stored], metric="bytes", **columns | {"network": ""})
+        measure_scratch(experiment, chosen, TESTED, **columns)
+        if labels == "true":
+            pair = chosen.decode().detach(), chosen.labels
+            neighbor = neighbor_accuracy(*pair, dataset.test, 2, 1)
+            experiment.measure([neighbor], **columns | {"network": "nearest neighbor"})
 
 
 # ---------------------------------------------------------------------------------------- distilled
