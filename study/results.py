@@ -1,6 +1,6 @@
 """The one table of measurements, and what is made from it: tables, the sets' cards and the README's results.
 
-python -m study.results     write the cards in distilled/ and the table in the README again
+python -m study.results     write the cards in distilled/, the READMEs' tables and the figure again
 
 results = Results()
 print(results.accuracies(experiment="random-noise"))  # mean ± std over all networks of three sets
@@ -8,11 +8,14 @@ print(results.accuracies(experiment="random-noise"))  # mean ± std over all net
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import distill_utils as du
 from study.experiments.experiment import (
@@ -23,7 +26,7 @@ from study.experiments.experiment import (
     read_table,
 )
 from study.experiments.protocols import FIXED, UNDISTILLED, scratch_epochs, training
-from study.experiments.storage import COMPRESSED, DISTILLED, FORMATS
+from study.experiments.storage import COMPRESSED, DISTILLED, FORMATS, HELD_OUT, SIZES
 from study.methods.compression import stored_bytes
 
 SHIPPED = ("mnist-ipc10-30updates", *DISTILLED, *COMPRESSED)
@@ -80,22 +83,38 @@ def main_rows(results: Results, name: str) -> pd.DataFrame:
         columns = {"images": "compressed", "labels": "teacher", "network": "LeNet"}
     else:
         network = FIXED if name.startswith("fixed") else "LeNet"
-        columns = {"images": "distilled", "step_sizes": "distilled", "network": network}
+        step_sizes = "constant" if name.endswith("whole") else "distilled"
+        columns = {"images": "distilled", "step_sizes": step_sizes, "network": network}
     return results.rows(experiment=name, **columns)
 
 
 def control_rows(results: Results, name: str) -> pd.DataFrame:
-    """What undistilled images reach with the same training, on the same network; for a compressed set, real images in
-    as many bytes."""
+    """What undistilled images reach with the same training, on the same network, in as many bytes where the name tells
+    how many; for a compressed set, real images."""
     main = main_rows(results, name)
     columns = {column: main[column].unique() for column in ("network", "training")}
-    columns["images"] = FORMATS if name in COMPRESSED else [*UNDISTILLED, "compressed"]
-    return results.rows(experiment=[name, f"controls-{name}", f"{name}-real"], **columns)
+    real = [*FORMATS] if name in COMPRESSED else [*FORMATS, *UNDISTILLED, "compressed"]
+    size, kilobytes, _ = name.partition("kB")
+    names = results.measurements.experiment.unique()
+    names = [key for key in names if kilobytes and key.startswith(size + kilobytes)]
+    return results.rows(experiment=[name, f"controls-{name}", *names], images=real, **columns)
+
+
+def lead(rows: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float]:
+    """By how many points the mean is above that of a control, and the standard error: over the seeds that both have, or
+    over networks where that is a single one."""
+    parts = [part[part.seed.isin({*rows.seed} & {*control.seed})] for part in (rows, control)]
+    du.require(len(parts[0]) > 0, "control: it has no seed of the rows; measure it from the same")
+    ours, theirs = (part.groupby("seed").value.mean() for part in parts)
+    points = ours - theirs
+    if len(points) > 1:
+        return points.mean(), points.std() / len(points) ** 0.5
+    return points.mean(), sum(part.value.var() / len(part) for part in parts) ** 0.5
 
 
 def strongest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the images, labels and step sizes with the highest mean."""
-    groups = [group for _, group in rows.groupby(CONTENT)]
+    """The rows of the experiment, images, labels and step sizes with the highest mean."""
+    groups = [group for _, group in rows.groupby(["experiment", *CONTENT])]
     return max(groups, key=lambda group: group.value.mean())
 
 
@@ -124,6 +143,96 @@ def beside_reported(results: Results, *experiments: str) -> pd.DataFrame:
     lines = lines.drop(columns=keys)
     lines.insert(2, "here", [count(results.rows(**columns)) for columns in wanted])
     return lines.set_index("title")
+
+
+# ---------------------------------------------------------------------------------- accuracy per byte
+ARMS = {  # title: the end of the experiments' names, the images and their labels, and how to draw them
+    "real images": ("-real", "real", "true", "C7s-"),
+    "real images, teacher's labels": ("-real", "real", "teacher", "C7s--"),
+    "small real images, teacher's labels": ("-real", "small real", "teacher", "C8D--"),
+    "compressed set": ("", "compressed", "teacher", "C0o-"),
+    "distilled set": ("-50updates", "distilled", "distilled", "C3o-"),
+    "distilled whole images": ("-whole", "distilled", "distilled", "C1o-"),
+}
+ACCURACIES = (30, 50, 70, 80, 90, 95, 97, 98, 99)  # marked on the axis
+
+
+def mean_by_size(
+    results: Results, experiments: str, networks: Sequence[str], images: str, labels: str
+) -> pd.DataFrame:
+    """Kilobytes, the mean accuracy and its standard deviation over seeds, of experiments whose names match a regular
+    expression. Every kind of network counts as much."""
+    rows, points = results.measurements, []
+    rows = rows[rows.experiment.str.fullmatch(experiments) & (rows.images == images)]
+    rows = rows[rows.labels.isin([labels, ""])]  # a set's size has no labels
+    measured = rows[rows.network.isin(networks) & (rows.metric == "accuracy")]
+    measured = measured[~measured.training.str.contains("updates")]  # by a learned schedule
+    for experiment, group in measured.groupby("experiment"):
+        seeds = group.groupby(["seed", "network"]).value.mean().groupby("seed").mean()
+        sizes = rows[(rows.experiment == experiment) & (rows.metric == "bytes")]
+        sizes = sizes[sizes.network.isin([*networks, ""])]
+        points.append((sizes.value.mean() / 1000, seeds.mean(), seeds.std()))
+    names = ["kilobytes", "accuracy", "deviation"]
+    return pd.DataFrame(points, columns=names).sort_values("kilobytes").fillna({"deviation": 0})
+
+
+def draw_accuracy_per_byte(results: Results, axes: Sequence[Axes], dataset: str = "mnist") -> None:
+    """Accuracy against kilobytes, by training from scratch: LeNets on the first of two axes, the mean of the networks
+    that nothing was made for on the second.
+
+    Args:
+        results: with the experiments of `study.experiments.storage`.
+        axes: two of a figure with constrained layout, which gets a legend below them.
+        dataset: "mnist" or "fashion".
+    """
+    remedy = f"give one of {', '.join(SIZES)}"
+    du.require(dataset in SIZES, f"dataset={dataset}: {remedy}")
+    titles = {"LeNet": ["LeNet"], "Mean of four networks that nothing was made for": HELD_OUT}
+    for axis, (title, networks) in zip(axes, titles.items(), strict=True):
+        for arm, (end, images, labels, style) in ARMS.items():
+            points = mean_by_size(results, rf"{dataset}-\d+kB{end}", networks, images, labels)
+            draw_points(axis, points, style, arm)
+        axis.set_title(title, fontsize="medium")
+    nearest = rf"{dataset}-\d+kB-real", ["nearest neighbor"], "real", "true"
+    draw_points(axes[0], mean_by_size(results, *nearest), "kx:", "nearest real image, no network")
+    kinds = results.rows(experiment=f"{dataset}-networks").network.unique()
+    stored = ((f"{dataset}-networks", [kind], "all real", "true") for kind in kinds)
+    parts = [mean_by_size(results, *columns) for columns in stored]
+    draw_points(axes[0], pd.concat(parts), "k*", "trained LeNet in place of a set")
+    for axis in axes:
+        format_axis(axis, SIZES[dataset])
+    axes[0].set_ylabel("test accuracy (%)")
+    axes[0].figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+
+
+def draw_points(axis: Axes, points: pd.DataFrame, style: str, title: str) -> None:
+    """A line through points, with error bars; on another axis of the figure, it is the same title's."""
+    titles = {label for other in axis.figure.axes for label in other.get_legend_handles_labels()[1]}
+    label = "_" * (title in titles) + title
+    line, size = (points.kilobytes, points.accuracy, points.deviation), 9 if "*" in style else 4
+    if len(points):
+        axis.errorbar(*line, fmt=style, label=label, markersize=size, linewidth=1.3, capsize=2)
+
+
+def format_axis(axis: Axes, kilobytes: Sequence[int]) -> None:
+    """Logarithmic in the bytes, and in the share of wrong answers."""
+    axis.set_xscale("log")
+    axis.set_xticks(kilobytes, kilobytes)
+    axis.minorticks_off()
+    axis.set_yscale("function", functions=(to_error, from_error))
+    axis.autoscale(axis="y")
+    limits = axis.get_ylim()
+    axis.set_yticks(ACCURACIES, ACCURACIES)
+    axis.set(xlabel="kilobytes", ylim=limits)
+    axis.grid(alpha=0.3)
+
+
+def to_error(accuracy: np.ndarray) -> np.ndarray:
+    return -np.log(np.clip(100 - accuracy, 0.1, None))
+
+
+def from_error(error: np.ndarray) -> np.ndarray:
+    return 100 - np.exp(-error)
 
 
 # --------------------------------------------------------------------------------------------- cards
@@ -253,8 +362,12 @@ def replace_table(path: Path, marker: str, table: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    """Writes the card of each shipped set and the tables in both READMEs."""
+    """Writes the card of each shipped set, the tables in both READMEs and the figure."""
     results, folder = Results(), ROOT / "distilled"
+    figure = Figure((10, 5), layout="constrained")
+    draw_accuracy_per_byte(results, figure.subplots(1, 2, sharey=True))
+    with du.replacing(ROOT / "figures" / "accuracy_per_byte.png") as unfinished:
+        figure.savefig(unfinished, dpi=144, format="png")
     for name in SHIPPED:
         write(folder / f"{name}.md", card(name, results))
     replace_table(folder / "README.md", "sets", sets_table(results))
