@@ -28,11 +28,18 @@ KINDS = """fixed-10 controls-fixed-10 random-noise longer-baselines random-sampl
 controls-mnist-ipc10-30updates adapt-digits-to-mnist attack add-one-network-pool
 add-to-best-augmented-real add-one-multi-formation rival-k-means-ipc1
 rival-gradient-matching-ipc10-lenet rival-unrolled-training-ipc1-convnet-3
-fashion-8kB mnist-314kB mnist-4kB-50updates mnist-4kB-real mnist-8kB-whole mnist-networks"""
+mnist-8kB mnist-4kB-50updates mnist-4kB-real mnist-8kB-whole mnist-networks"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder of checkpoints, so that all experiments have the same teacher."""
+    return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.mark.parametrize("name", KINDS.split())  # one of each function, and of each branch in it
-def test_an_experiment_measures_what_the_stored_table_has(name, tmp_path, mnist_root):
+def test_an_experiment_measures_what_the_stored_table_has(name, tmp_path, mnist_root, shared):
+    (tmp_path / "checkpoints").symlink_to(shared)
     recipe = command.EXPERIMENTS[name]
     experiment = Experiment(name, 0, tmp_path, torch.device("cpu"), mnist_root, quick=True)
     if recipe.needs:
