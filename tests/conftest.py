@@ -75,28 +75,24 @@ def train_plainly(network: nn.Module, distilled: du.DistilledSet) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------- sets
-def make_decoder() -> du.CodeDecoder:
+def make_decoder(*, classes: int = 0) -> du.CodeDecoder:
     """Turns codes of 5 numbers into images [1, 4, 4]."""
-    decoder = du.CodeDecoder(5, [4, 3], [1, 4, 4])
+    decoder = du.CodeDecoder(5, [4, 3], [1, 4, 4], classes)
     for weight in decoder.parameters():
         weight.data = 0.3 * torch.randn_like(weight)
     return decoder
 
 
-def make_set(
-    dataset, kind="real", *, seed=0, factor=1, decoded=False, **options
-) -> du.DistilledSet:
-    """A set of 2 steps and 2 epochs that starts from `kind`, in multi-formation where `factor` is
-    above 1; a `decoded` one holds random codes of toy images instead."""
-    images, labels = du.initialize(dataset, kind, steps=2, per_class=factor**2, seed=seed)
+def make_set(dataset, kind="real", *, seed=0, codes=None, **options) -> du.DistilledSet:
+    """A set of 2 steps and 2 epochs that starts from `kind`. One of `codes` holds random ones of toy
+    images instead, or zeros for a generator, where they are "generated"."""
+    images, labels = du.initialize(dataset, kind, steps=2, seed=seed)
     options = {"epochs": 2, "step_size": 0.1, **options}
-    if factor > 1:
-        options["decoder"] = du.MultiFormation(factor)
-        images = options["decoder"].pack(images)
-    if decoded:
+    if codes:
         with du.seeded(0):
-            images = torch.randn(2, labels.shape[1], 5, 1, 1).to(labels.device)
-            options["decoder"] = make_decoder().to(labels.device)
+            generated = codes == "generated"
+            images = (torch.randn(2, 3, 5, 1, 1) * (not generated)).to(labels.device)
+            options["decoder"] = make_decoder(classes=3 * generated).to(labels.device)
     return du.DistilledSet(images, labels, **options)
 
 

@@ -27,8 +27,8 @@ KINDS = {
     "momentum": {"momentum": 0.9},
     "Adam": {"optimizer": "Adam", "step_size": 0.02},
     "soft labels": {"soft_labels": True},
-    "multi-formation": {"factor": 2},
-    "codes": {"decoded": True, "soft_labels": True},
+    "codes": {"codes": "random", "soft_labels": True},
+    "generator": {"codes": "generated"},
 }
 
 
@@ -47,13 +47,13 @@ def test_distillation_is_that_of_the_cpu(device, toy_on_device, toy, kind, netwo
 
 
 def test_evaluation_training_and_files_are_those_of_the_cpu(device, toy_on_device, toy, tmp_path):
-    sets = [make_set(data, **KINDS["multi-formation"]) for data in (toy_on_device, toy)]
+    sets = [make_set(data, **KINDS["codes"], bits=4) for data in (toy_on_device, toy)]
     accuracies = []
     for distilled, data in zip(sets, (toy_on_device, toy), strict=True):
         accuracies.append(du.evaluate(distilled, data.test, Smooth, networks=9).values.tolist())
     assert accuracies[0] == pytest.approx(accuracies[1], abs=4)  # one image in thirty
     du.save(sets[0], tmp_path / "toy.safetensors", dataset=toy_on_device)
-    torch.testing.assert_close(du.load(tmp_path / "toy.safetensors").images, sets[1].images)
+    torch.testing.assert_close(du.load(tmp_path / "toy.safetensors").decode(), sets[1].decode())
     network = du.train(Smooth().to(device), toy_on_device.train, epochs=20, batch_size=10)
     assert float(du.accuracy(network, toy_on_device.test)) > 95
 
@@ -87,7 +87,7 @@ def test_a_run_continues_elsewhere(tmp_path, to_the_cpu):
 
 @on_a_real_device
 def test_a_shipped_set_trains_a_lenet_to_its_accuracy(mnist_root):
-    name = "mnist-ipc1-mf2-50updates"
+    name = "mnist-4kB-50updates"
     card = Path(du.__file__).with_name("distilled").joinpath(f"{name}.md").read_text()
     mean, std = map(float, re.search(r"(\d+\.\d) ± (\d+\.\d) \(n=", card).groups())
     test = du.load_mnist(mnist_root, device=REAL).test

@@ -1,13 +1,15 @@
 """The distilled set: its initialization, its parameters, its decoders, its pictures."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import qmc
 
 import distill_utils as du
-from tests.conftest import Smooth, make_set
+from tests.conftest import Smooth, make_decoder, make_set
 
 
 def test_real_images_show_every_class_in_each_step_and_no_image_twice(toy):
@@ -72,15 +74,16 @@ def test_a_set_copies_what_it_is_given_also_from_another_set(toy):
         assert not distilled.labels.requires_grad
 
 
-def test_a_multi_formation_holds_more_images_in_as_many_pixels():
-    """Images of one brightness each, which survive shrinking, come back in their order."""
-    images = torch.arange(24.0).view(2, 12, 1, 1, 1).expand(2, 12, 1, 4, 8)
-    formation = du.MultiFormation(2)
-    stored = formation.pack(images)
-    assert stored.shape == (2, 3, 1, 4, 8)
-    corners = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
-    torch.testing.assert_close(stored[0, 0, 0, ::2, ::4], corners)
-    torch.testing.assert_close(formation(stored), images)
+def test_a_generator_shows_all_classes_at_each_point_of_a_sobol_sequence():
+    """That of scipy, turned into normal samples by the standard library; codes move the points."""
+    decoder, codes = make_decoder(classes=3), torch.randn(2, 6, 5)
+    points = qmc.Sobol(5, scramble=False).random_base2(3)[1:5]  # 12 images of 3 classes
+    points = torch.tensor(points).apply_(NormalDist().inv_cdf).repeat_interleave(3, 0)
+    inputs = torch.cat([points.float() + codes.flatten(0, 1), torch.eye(3).repeat(4, 1)], 1)
+    plain = du.CodeDecoder(8, [4, 3], [1, 4, 4])
+    plain.load_state_dict(decoder.state_dict())
+    expected = plain(inputs.view(2, 6, 8, 1, 1))
+    torch.testing.assert_close(decoder(codes[..., None, None]), expected)
 
 
 @pytest.mark.parametrize(("channels", "columns"), [(1, 3), (3, 5)])
@@ -95,13 +98,16 @@ def test_images_are_drawn_in_rows(channels, columns):
 
 def test_gradients_pass_through_the_rounding(toy):
     """They are those of an ordinary set that holds the rounded numbers, of which there are few."""
-    few, plain = (make_set(toy, decoded=True, soft_labels=True, bits=bits) for bits in (3, None))
+    options = {"codes": "random", "soft_labels": True}
+    few, plain = make_set(toy, **options, bits=3, label_bits=2), make_set(toy, **options)
     tensors = few.label_scores, few.images, *few.decoder.parameters()
     twins = plain.label_scores, plain.images, *plain.decoder.parameters()
+    few.label_scores.data += torch.randn(2, 3, 3)
     for tensor, twin in zip(tensors, twins, strict=True):
-        twin.data = du.rounded(tensor, 3).detach()
-        assert tensor.dim() == 1 or len(twin.unique()) <= 8
-        assert (tensor - twin).abs().mean() <= (tensor.max() - tensor.min()) / 7
+        most = 2 ** (bits := 2 if tensor is few.label_scores else 3)
+        twin.data = du.rounded(tensor, bits).detach()
+        assert tensor.dim() == 1 or len(twin.unique()) <= most
+        assert (tensor - twin).abs().mean() <= (tensor.max() - tensor.min()) / (most - 1)
     network = Smooth()
     for distilled in (few, plain):
         du.outer_loss(network, distilled, toy.train).backward()

@@ -11,7 +11,7 @@ from tests.conftest import Smooth, make_set
 
 SGD, MOMENTUM = {"step_size": 0.3}, {"step_size": 0.3, "momentum": 0.9}
 ADAM = {"step_size": 0.02, "optimizer": "Adam"}
-STORED = [SGD, {**MOMENTUM, "factor": 2}, {**ADAM, "factor": 2}, {**ADAM, "decoded": True}]
+STORED = [SGD, {**MOMENTUM, "codes": "random"}, {**ADAM, "codes": "generated"}]
 
 
 def make_problem(toy, **options) -> tuple[du.DistilledSet, du.Split]:

@@ -21,6 +21,8 @@ from study.results import (
     headline,
     lead,
     main_rows,
+    replace_table,
+    sets_table,
     strongest,
     summarize,
 )
@@ -112,10 +114,20 @@ def test_the_card_is_that_of_the_stored_results(name):
     compile(text.split("```")[1].removeprefix("python\n"), name, "exec")
 
 
-def test_the_readme_has_the_table_of_the_stored_results():
-    table = headline(Results()).to_markdown(index=False)
-    assert table in (ROOT / "README.md").read_text(), "run python -m study.results"
+@pytest.mark.parametrize(("folder", "make_table"), [("", headline), ("distilled", sets_table)])
+def test_the_readmes_have_the_tables_of_the_stored_results(folder, make_table):
+    table = make_table(Results()).to_markdown(index=False)
+    assert table in (ROOT / folder / "README.md").read_text(), "run python -m study.results"
     assert table.count("(n=") == 2 * (len(table.splitlines()) - 2), "each has a control"
+
+
+def test_a_table_takes_the_place_of_the_one_before(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("before <!-- a -->\n\n<!-- end of a --> after")
+    for table in ("an old one", "a new one"):
+        replace_table(path, "a", pd.DataFrame({table: [1]}))
+    table = pd.DataFrame({"a new one": [1]}).to_markdown(index=False)
+    assert path.read_text() == f"before <!-- a -->\n\n{table}\n\n<!-- end of a --> after"
 
 
 @pytest.mark.parametrize("name", ["fixed-10", "random-noise", *SHIPPED])
