@@ -55,16 +55,14 @@ def test_the_readme_has_a_config_for_each_set(folder):
         assert (folder / f"{name}.md").exists()
 
 
-@pytest.mark.parametrize("library", ["PyTorch", "scikit-learn", "JAX"])
-def test_the_documented_program_reaches_the_stated_accuracy(folder, library, mnist_root):
-    """It runs outside the repository, where this project cannot be imported."""
-    text = (ROOT / "distilled" / "README.md").read_text()
-    program = re.search(rf"{library}:\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+@pytest.mark.parametrize("name", ["plain_pytorch", "scikit_learn", "plain_jax"])
+def test_an_example_trains_on_an_exported_set(folder, name, mnist_root):
+    """In fewer epochs, and outside the repository, where this project cannot be imported."""
+    program = (ROOT / "examples" / f"{name}.py").read_text()
     mnist = du.load_mnist(mnist_root, device="cpu")
     pixels = ((mnist.test.images[:, 0] * mnist.std + mnist.mean) * 255).round().byte()
     np.savez(folder / "mnist.npz", x_test=pixels.numpy(), y_test=mnist.test.labels.numpy())
-    command = [sys.executable, "-I", "-c", program]
+    command = [sys.executable, "-I", "-c", re.sub(r"\b40\b", "5", program)]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    stated = float(re.search(r"reach\s+about (\d+)%", text)[1])
-    assert float(run.stdout.strip().rstrip("%")) > stated - 1.5
+    assert float(run.stdout.strip().rstrip("%")) > 86
