@@ -56,13 +56,13 @@ def test_the_readme_has_a_config_for_each_set(folder):
 
 
 @pytest.mark.parametrize("name", ["plain_pytorch", "scikit_learn", "plain_jax"])
-def test_an_example_reaches_nearly_the_accuracy_of_the_card(folder, name, mnist_root):
-    """It runs outside the repository, where this project cannot be imported."""
+def test_an_example_trains_on_an_exported_set(folder, name, mnist_root):
+    """In fewer epochs, and outside the repository, where this project cannot be imported."""
+    program = (ROOT / "examples" / f"{name}.py").read_text()
     mnist = du.load_mnist(mnist_root, device="cpu")
     pixels = ((mnist.test.images[:, 0] * mnist.std + mnist.mean) * 255).round().byte()
     np.savez(folder / "mnist.npz", x_test=pixels.numpy(), y_test=mnist.test.labels.numpy())
-    command = [sys.executable, "-I", ROOT / "examples" / f"{name}.py"]
+    command = [sys.executable, "-I", "-c", re.sub(r"\b40\b", "5", program)]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    card = (ROOT / "distilled" / "mnist-31kB.md").read_text()
-    assert float(run.stdout.strip().rstrip("%")) > float(re.search(r"\*\*(\d+\.\d)", card)[1]) - 5
+    assert float(run.stdout.strip().rstrip("%")) > 86
