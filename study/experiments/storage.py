@@ -54,7 +54,7 @@ DISTILLED = {  # a learned schedule, of as many steps, images in each and epochs
         CODED, kilobytes=4, codes=12, channels=(6, 4), size=(5, 30, 10), iterations=1600
     ),
     "mnist-8kB-50updates": dict(
-        CODED, kilobytes=8, codes=12, channels=(8, 8), size=(5, 60, 10), iterations=1000
+        CODED, kilobytes=8, codes=12, channels=(8, 8), size=(5, 60, 10), iterations=600
     ),
 }
 
