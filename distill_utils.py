@@ -845,12 +845,8 @@ def pack(values: Tensor, bits: int) -> tuple[Tensor, list]:
     numbers, bits, scale, offset = quantize(values, bits)
     binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
     packed = zlib.compress(np.packbits(binary.numpy()), 9)
-    return torch.tensor([*packed], dtype=torch.uint8), [
-        bits,
-        float(scale),
-        float(offset),
-        [*values.shape],
-    ]
+    grid = [bits, float(scale), float(offset), [*values.shape]]
+    return torch.tensor([*packed], dtype=torch.uint8), grid
 
 
 @contextmanager

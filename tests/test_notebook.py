@@ -80,7 +80,7 @@ def test_a_notebook_of_the_study_runs_with_mnist_and_without(
     monkeypatch.delenv("PYTHONPATH", raising=False)  # where Jupyter starts it from its folder
     text = run_notebook(path, tmp_path, folder=path.parent)
     assert "Without MNIST" in text
-    assert "(n=100)" in text
+    assert "(n=" in text
     assert stamp_files() == before
 
 

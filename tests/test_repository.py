@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_module_and_the_sets_and_needs_what_the_module_impor
     sets = {f"distilled/{path.name}" for path in (ROOT / "distilled").iterdir()}
     assert names == {"distill_utils.py", *sets}
     (metadata,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
-    needed = re.findall(r"^Requires-Dist: (.*)", file.read(metadata).decode(), re.MULTILINE)
+    needed = re.findall(r"^Requires-Dist: ([^;\n]*)$", file.read(metadata).decode(), re.MULTILINE)
     assert set(needed) <= set((ROOT / "requirements.txt").read_text().splitlines())
     imports = r"^ *(?:import|from) (\w+)[\w.]*(?: import| as|$)"
     imported = {*re.findall(imports, TEXT, re.MULTILINE)}

@@ -103,8 +103,10 @@ def measure_scratch(
     """Measures what so many networks of each kind reach from scratch, by the step size with which the first of them is
     best on validation images."""
     dataset, seen = experiment.dataset, experiment.reduced(SEEN)
+    with torch.no_grad():  # once for all networks
+        decoded = du.DistilledSet(distilled.decode(), distilled.labels)
     for network, count in experiment.some(networks.items()):
-        train = partial(train_from_scratch, distilled, NETWORKS[network], seen=seen)
+        train = partial(train_from_scratch, decoded, NETWORKS[network], seen=seen)
         firsts = {size: train(step_size=size) for size in SCRATCH_STEP_SIZES}
         best = max(firsts, key=lambda size: du.accuracy(*firsts[size], dataset.validation))
         others = train(step_size=best, networks=range(1, experiment.reduced(count)))
