@@ -303,7 +303,7 @@ class DistilledSet(nn.Module):
         require(sound, f"{optimizer=}, {momentum=}: give SGD, or Adam and no momentum")
         self.inner = {"epochs": int(epochs), "optimizer": optimizer, "momentum": float(momentum)}
         self.images, self.decoder = nn.Parameter(images.clone()), decoder or nn.Identity()
-        self.bits, self.label_bits = bits and int(bits), label_bits or bits
+        self.bits, self.label_bits = bits, label_bits or bits
         self.register_buffer("iterations", torch.tensor(0))
         self.raw_step_sizes = nn.Parameter(images.new_empty(self.updates))
         self.set_step_sizes(step_size)
@@ -413,7 +413,7 @@ class CodeDecoder(nn.Sequential):
         size, classes, codes = codes.shape[:2], self.options["classes"], codes.flatten(0, 1)
         if classes:
             rows = torch.arange(len(codes))
-            points = normal_points(1 + len(codes) // classes, codes.shape[1])[rows // classes]
+            points = normal_points(*codes.shape[:2])[rows // classes]
             inputs = torch.cat([points, torch.eye(classes)[rows % classes]], 1)
             codes = F.pad(codes, [0] * 5 + [classes]) + inputs[..., None, None].to(codes)
         return super().forward(codes).unflatten(0, size)
@@ -845,7 +845,7 @@ def pack(values: Tensor, bits: int) -> tuple[Tensor, list]:
     numbers, bits, scale, offset = quantize(values, bits)
     binary = numbers.long().flatten()[:, None] >> torch.arange(bits) & 1
     packed = zlib.compress(np.packbits(binary.numpy()), 9)
-    grid = [bits, float(scale), float(offset), [*values.shape]]
+    grid = [int(bits), float(scale), float(offset), [*values.shape]]
     return torch.tensor([*packed], dtype=torch.uint8), grid
 
 
@@ -868,6 +868,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@torch.no_grad()  # decoding all images takes less memory
 def load(
     name: str | Path, *, device: Device = "cpu", decoder: nn.Module | None = None
 ) -> DistilledSet:
@@ -893,8 +894,8 @@ def load(
         decoder = (decoder or DECODERS[kind](**metadata["decoder_options"])).to(device)
         require(type(decoder).__name__ == kind, f"its decoder is of the class {kind}")
         for key, (bits, scale, offset, shape) in metadata.get("grids", {}).items():
-            packed = np.frombuffer(zlib.decompress(tensors[key].cpu().numpy()), np.uint8)
-            binary = np.unpackbits(packed, count=bits * math.prod(shape))
+            packed = zlib.decompress(tensors[key].cpu().numpy())
+            binary = np.unpackbits(np.frombuffer(packed, np.uint8), count=bits * math.prod(shape))
             numbers = binary.reshape(*shape, bits) @ 2.0 ** np.arange(bits) * scale + offset
             tensors[key] = torch.tensor(numbers, dtype=torch.float32, device=device)
         if "label_scores" in tensors:
