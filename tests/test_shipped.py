@@ -17,7 +17,6 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 FLOORS = {  # percent that a LeNet and an MLP surely reach
     "mnist-ipc10-30updates": (70, 55),
     "mnist-4kB-50updates": (88, 72),
-    "mnist-8kB-50updates": (88, 72),
     "mnist-8kB": (90, 82),
     "mnist-31kB": (92, 84),
     "mnist-80kB": (93, 87),

@@ -49,12 +49,9 @@ COMPRESSED = {  # training from scratch
     "fashion-8kB": dict(GENERATED, kilobytes=8, codes=8, channels=(8, 8)),
     "fashion-31kB": dict(GENERATED, kilobytes=31, codes=12, channels=(16, 12)),
 }
-DISTILLED = {  # a learned schedule, of as many steps, images in each and epochs
+DISTILLED = {  # for a learned schedule, of so many steps, images in each and epochs
     "mnist-4kB-50updates": dict(
         CODED, kilobytes=4, codes=12, channels=(6, 4), size=(5, 30, 10), iterations=1600
-    ),
-    "mnist-8kB-50updates": dict(
-        CODED, kilobytes=8, codes=12, channels=(8, 8), size=(5, 60, 10), iterations=600
     ),
 }
 
@@ -150,20 +147,19 @@ def in_steps(fitted: du.DistilledSet, size: tuple[int, int, int]) -> du.Distille
     return du.DistilledSet(*content, decoder=copy.deepcopy(fitted.decoder), **options)
 
 
-def whole(experiment: Experiment, *, per_class: int, window: int, iterations: int) -> None:
-    """Whole images in 8 bits, distilled for training from scratch, beside the k-means centers that they start from."""
-    dataset, options = experiment.dataset, {"steps": 1, "per_class": per_class}
-    centers = du.initialize(dataset, "k-means", seed=experiment.seed, **options)
+def whole(experiment: Experiment) -> None:
+    """Ten whole images in 8 bits, distilled for training from scratch, beside the class means that they start from."""
+    means = du.initialize(experiment.dataset, "k-means", steps=1)
     inner = {"epochs": 300, "momentum": 0.9, "step_size": 0.01}  # that of training from scratch
-    distilled = du.DistilledSet(*centers, soft_labels=True, bits=8, **inner)
+    distilled = du.DistilledSet(*means, soft_labels=True, bits=8, **inner)
     outer = {"batch_size": 512, "learning_rate": 0.05, "step_size_learning_rate": 0}
-    outer |= {"unroll": NetworkPool(10, window=window), "iterations": iterations}
+    outer |= {"unroll": NetworkPool(10, window=60), "iterations": 1400}
     columns = {"set": experiment.distill(distilled, **outer)}
     columns |= {"images": "distilled", "labels": "distilled"}
     measure_bytes(experiment, **columns)
     measure_scratch(experiment, experiment.load(columns["set"]), TESTED, **columns)
     columns |= {"images": "k-means", "labels": "true"}
-    measure_scratch(experiment, du.DistilledSet(*centers), TESTED, **columns)
+    measure_scratch(experiment, du.DistilledSet(*means), TESTED, **columns)
 
 
 # ---------------------------------------------------------------------------- networks in place of sets
@@ -214,8 +210,7 @@ EXPERIMENTS = {
         for dataset, sizes in SIZES.items()
         for size in sizes
     },
-    "mnist-8kB-whole": Recipe(partial(whole, per_class=1, window=60, iterations=1400), SEEDS),
-    "mnist-80kB-whole": Recipe(partial(whole, per_class=10, window=60, iterations=1400), SEEDS),
+    "mnist-8kB-whole": Recipe(whole, SEEDS),
     "mnist-networks": Recipe(networks, SEEDS),
     "fashion-networks": Recipe(networks, SEEDS),
 }
