@@ -128,9 +128,10 @@ def headline(results: Results) -> pd.DataFrame:
     """The main accuracies beside published ones and the strongest control."""
     lines = pd.read_csv(RESULTS / "headline.csv", keep_default_na=False)
     names = lines.pop("experiment")
-    controls = [strongest(control_rows(results, name)) for name in names]
-    lines["best control"] = [f"{count(rows)}: {words(rows)}" for rows in controls]
-    lines["this project"] = [count(main_rows(results, name)) for name in names]
+    pairs = [(main_rows(results, name), control_rows(results, name)) for name in names]
+    controls = [strongest(rows) for _, rows in pairs]
+    lines["best control"] = [f"{count(rows)}, {rows.images.iloc[0]} images" for rows in controls]
+    lines["this project"] = [count(rows) for rows, _ in pairs]
     return lines
 
 
