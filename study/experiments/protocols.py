@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 import distill_utils as du
 from study.experiments.experiment import Experiment
-from study.methods.architectures import TESTED_ON, ConvNet
+from study.methods.architectures import NETWORKS
 
 Content = tuple[str, str]  # what a set's images and labels are, in the words of the table
-NETWORKS = {**TESTED_ON, "ConvNet-3": ConvNet}
 FIXED = "LeNet, fixed initialization"
 UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize` calls them
 SCRATCH = "from scratch by Adam"

@@ -22,7 +22,7 @@ from study.experiments.protocols import (
     measure_scratch,
     neighbor_accuracy,
 )
-from study.methods.architectures import Stack
+from study.methods.architectures import make_narrow_lenet
 from study.methods.compression import (
     CODE_BITS,
     compress,
@@ -175,29 +175,20 @@ class FewBits(nn.Module):
         return functional_call(self.network, weights, images)
 
 
-def few_bits_lenet(*, divisor: int) -> FewBits:
-    """A LeNet with fewer channels and units."""
-    c1, c2, h1, h2 = (width // divisor for width in (6, 16, 120, 84))
-    return FewBits(Stack(((c1, 5, 2), "pool", (c2, 5, 0), "pool"), (25 * c2, h1, h2)))
-
-
 def networks(experiment: Experiment) -> None:
-    """Networks trained on all real images, which could be stored in place of a set: LeNets, and some of few bits."""
-    dataset, kinds = experiment.dataset, {"LeNet": du.LeNet}
-    kinds |= {
-        f"LeNet, {name}, 4 bits": partial(few_bits_lenet, divisor=d) for name, d in NARROW.items()
-    }
+    """LeNets trained on all real images, which could be stored in place of a set, as floats or in few bits."""
+    kinds = {"LeNet": du.LeNet}
+    for name, divisor in NARROW.items():
+        make_network = partial(make_narrow_lenet, divisor)
+        kinds[f"LeNet, {name}, 4 bits"] = lambda make=make_network: FewBits(make())
     for name, make_network in kinds.items():
         with du.seeded(experiment.seed):
             network = make_network().to(experiment.device)
-            du.train(network, dataset.train, epochs=experiment.reduced(5))
-        bits = CODE_BITS if isinstance(network, FewBits) else 32
-        sizes = [
-            w.numel() * (bits if w.dim() > 1 else min(32, 4 * bits)) / 8
-            for w in network.parameters()
-        ]
+            du.train(network, experiment.dataset.train, epochs=experiment.reduced(5))
+        bits = (CODE_BITS, 16) if isinstance(network, FewBits) else (32, 32)  # weights, biases
+        sizes = [bits[w.dim() == 1] * w.numel() / 8 for w in network.parameters()]
         columns = {"network": name, "images": "all real", "labels": "true", "training": "5 epochs"}
-        experiment.measure([du.accuracy(network, dataset.test)], **columns)
+        experiment.measure([du.accuracy(network, experiment.dataset.test)], **columns)
         experiment.measure([sum(sizes)], metric="bytes", **columns)
 
 

@@ -1,89 +1,34 @@
-"""Other architectures for 28×28 images and ten classes, to test distilled sets on.
-
-All are small, so that a CPU trains many of them. `norm` is "instance" or "batch".
-"""
+"""Other architectures for 28×28 images and ten classes, to test training sets on. All are small, so that a CPU trains
+many of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 import distill_utils as du
 
 
-def make_norm(norm: str, channels: int) -> nn.Module:
-    """A normalization layer for images [n, channels, h, w]."""
-    return nn.GroupNorm(channels, channels) if norm == "instance" else nn.BatchNorm2d(channels)
+def make_convnet(width: int = 32) -> nn.Sequential:
+    """ConvNet-3, by default at a quarter of its width of 128: three blocks of convolution, instance normalization, ReLU
+    and average pooling."""
+    blocks = []
+    for channels in (1, width, width):
+        convolution = nn.Conv2d(channels, width, 3, padding=1)
+        blocks += [convolution, nn.GroupNorm(width, width), nn.ReLU(), nn.AvgPool2d(2)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(9 * width, 10))
 
 
-class Stack(nn.Sequential):
-    """Convolutions and then linear layers, in one sequence, for images [n, channels, h, w].
-
-    Args:
-        convolutions: each as (width, kernel, padding), or as its width where it is 3×3; "pool" halves the images.
-        units: inputs of the linear layers, the first of which is flattened images.
-        norm: after every convolution; by default none.
-    """
-
-    def __init__(
-        self,
-        convolutions: Sequence[tuple[int, int, int] | int | str],
-        units: Sequence[int],
-        *,
-        channels: int = 1,
-        norm: str | None = None,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        pool: Callable[[int], nn.Module] = nn.MaxPool2d,
-    ) -> None:
-        modules = []
-        for layer in convolutions:
-            if layer == "pool":
-                modules.append(pool(2))
-                continue
-            width, kernel, padding = layer if isinstance(layer, tuple) else (layer, 3, 1)
-            modules.append(nn.Conv2d(channels, width, kernel, padding=padding))
-            modules += [make_norm(norm, width), activation()] if norm else [activation()]
-            channels = width
-        modules.append(nn.Flatten())
-        for inputs, outputs in pairwise(units):
-            modules += [nn.Linear(inputs, outputs), activation()]
-        super().__init__(*modules, nn.Linear(units[-1], 10))
-
-
-class ConvNet(Stack):
-    """ConvNet-3, by default at a quarter of its width of 128: three blocks of convolution, normalization, ReLU and
-    average pooling, for images [n, channels, size, size]."""
-
-    def __init__(
-        self, *, width: int = 32, norm: str = "instance", channels: int = 1, size: int = 28
-    ) -> None:
-        options = {"channels": channels, "norm": norm, "pool": nn.AvgPool2d}
-        super().__init__([width, "pool"] * 3, [(size // 8) ** 2 * width], **options)
-
-
-MLP = partial(Stack, (), (784, 128, 128))  # two hidden layers of 128
-# VGG-11's eight 3×3 convolutions, at a quarter of its width and for smaller images.
-VGG = partial(Stack, (16, "pool", 32, "pool", 64, 64, "pool", 128, 128, 128, 128), (9 * 128,))
-
-
-class ResNet(nn.Sequential):
-    """ResNet-18 at a quarter of its width, without the pooling at its start."""
-
-    def __init__(self, *, norm: str) -> None:
-        make = partial(make_norm, norm)
-        layers = [nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), make(16), nn.ReLU()]
-        for inputs, width in pairwise((16, 16, 32, 64, 128)):
-            stride = width // inputs
-            first = BasicBlock(inputs, width, stride, norm_layer=make)
-            if stride > 1:
-                first.downsample = nn.Conv2d(inputs, width, 1, stride, bias=False)
-            layers += [first, BasicBlock(width, width, norm_layer=make)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+def make_narrow_lenet(divisor: int) -> nn.Sequential:
+    """A LeNet with so many times fewer channels and units."""
+    c1, c2, h1, h2 = (width // divisor for width in (6, 16, 120, 84))
+    convolutions = nn.Conv2d(1, c1, 5, padding=2), nn.Conv2d(c1, c2, 5)
+    blocks = [layer for conv in convolutions for layer in (conv, nn.MaxPool2d(2), nn.ReLU())]
+    hidden = nn.Linear(25 * c2, h1), nn.ReLU(), nn.Linear(h1, h2), nn.ReLU()
+    return nn.Sequential(*blocks, nn.Flatten(), *hidden, nn.Linear(h2, 10))
 
 
 class Patches(nn.Module):
@@ -157,28 +102,9 @@ class ConvNeXt(nn.Module):
         return self.head(self.norm(images.mean((2, 3))))
 
 
-TESTED_ON: dict[str, du.Factory] = {
+NETWORKS: dict[str, du.Factory] = {
     "LeNet": du.LeNet,
-    "MLP": MLP,
-    # As LeCun et al. (1998) have it, but with PyTorch's own initial weights, as all that follow.
-    "tanh LeNet": partial(
-        Stack,
-        ((6, 5, 2), "pool", (16, 5, 0), "pool"),
-        (400, 120, 84),
-        activation=nn.Tanh,
-        pool=nn.AvgPool2d,
-    ),
-    "wide LeNet": partial(Stack, ((12, 5, 2), "pool", (32, 5, 0), "pool"), (800, 240, 168)),
-    "ConvNet-3, instance norm": ConvNet,
-    "ConvNet-3, batch norm": partial(ConvNet, norm="batch"),
-    # Five convolutions, large kernels first, at an eighth of AlexNet's width.
-    "AlexNet-like": partial(
-        Stack, ((16, 5, 4), "pool", (24, 5, 2), "pool", 48, 32, 32, "pool"), (512,)
-    ),
-    "VGG11-like, instance norm": partial(VGG, norm="instance"),
-    "VGG11-like, batch norm": partial(VGG, norm="batch"),
-    "ResNet-18, instance norm": partial(ResNet, norm="instance"),
-    "ResNet-18, batch norm": partial(ResNet, norm="batch"),
+    "ConvNet-3": make_convnet,
     "MLP-Mixer": partial(Patches, MixerBlock, 64),
     "ViT": partial(Patches, make_transformer_block, 48),
     "GRU over rows": GRU,
