@@ -26,9 +26,8 @@ from study.experiments.experiment import (
 
 KINDS = """fixed-10 controls-fixed-10 random-noise longer-baselines random-samples nearest-neighbors
 controls-mnist-ipc10-30updates adapt-digits-to-mnist attack add-one-network-pool
-add-to-best-augmented-real add-one-multi-formation rival-k-means-ipc1
-rival-gradient-matching-ipc10-lenet rival-unrolled-training-ipc1-convnet-3
-mnist-8kB mnist-4kB-50updates mnist-4kB-real mnist-8kB-whole mnist-networks"""
+add-to-best-augmented-real add-one-multi-formation rival-k-means rival-gradient-matching
+rival-unrolled-training mnist-8kB mnist-4kB-50updates mnist-4kB-real mnist-8kB-whole mnist-networks"""
 
 
 @pytest.fixture(scope="module")
