@@ -46,7 +46,7 @@ def test_options_reach_the_run(tmp_path):
     run = train.make_run(options, du.load_digits(device="cpu"))
     distilled = run.distilled
     assert distilled.images.shape == (1, 40, 1, 28, 28)
-    assert distilled.images.std() == pytest.approx(0.5, rel=0.02)
+    assert distilled.images.std().item() == pytest.approx(0.5, rel=0.02)
     assert distilled.inner == {"epochs": 4, "optimizer": "SGD", "momentum": 0.5}
     torch.testing.assert_close(distilled.labels.max(), torch.tensor(0.8 + 0.2 / 10))
     torch.testing.assert_close(distilled.step_sizes, torch.full((4,), 0.05))
