@@ -23,7 +23,7 @@ def run_example(name: str, folder, *arguments: str) -> float:
 
 def test_a_network_of_torchvision_learns_from_a_stored_set(mnist_root, tmp_path):
     (tmp_path / "data").symlink_to(mnist_root)
-    assert run_example("torchvision_model.py", tmp_path) > 85
+    assert run_example("torchvision_model.py", tmp_path) > 80
 
 
 def test_a_folder_of_color_images_is_distilled(tmp_path):
