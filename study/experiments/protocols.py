@@ -78,7 +78,9 @@ def train_from_scratch(
     du.require_counts(seen=seen)
     du.require(step_size > 0, f"step_size={step_size}: give more than 0")
     content = distilled.decode(), distilled.labels
-    images = du.Split(*(part.detach().flatten(0, 1) for part in content))
+    images, labels = (part.detach().flatten(0, 1) for part in content)
+    copies = -(-64 // len(labels))  # so that few images fill a minibatch, too
+    images = du.Split(images.repeat(copies, 1, 1, 1), labels.repeat(copies, 1))
     epochs, trained = scratch_epochs(distilled, seen), []
     for number in networks:
         with du.seeded(10_000, number):
@@ -89,8 +91,9 @@ def train_from_scratch(
 
 
 def scratch_epochs(distilled: du.DistilledSet, seen: int = SEEN) -> int:
-    """Epochs from scratch, in which networks see about so many images."""
-    return max(1, round(seen / distilled.labels[..., 0].numel()))
+    """Epochs from scratch, in which networks see about so many images; fewer than 64 images are repeated."""
+    images = distilled.labels[..., 0].numel()
+    return max(1, round(seen / (images * -(-64 // images))))
 
 
 def measure_scratch(
