@@ -79,7 +79,7 @@ def train_from_scratch(
     du.require(step_size > 0, f"step_size={step_size}: give more than 0")
     content = distilled.decode(), distilled.labels
     images, labels = (part.detach().flatten(0, 1) for part in content)
-    copies = -(-64 // len(labels))  # so that few images fill a minibatch, too
+    copies = max(1, 64 // len(labels))  # so that few images nearly fill a minibatch, too
     images = du.Split(images.repeat(copies, 1, 1, 1), labels.repeat(copies, 1))
     epochs, trained = scratch_epochs(distilled, seen), []
     for number in networks:
@@ -91,9 +91,9 @@ def train_from_scratch(
 
 
 def scratch_epochs(distilled: du.DistilledSet, seen: int = SEEN) -> int:
-    """Epochs from scratch, in which networks see about so many images; fewer than 64 images are repeated."""
+    """Epochs from scratch, in which networks see about so many images; up to 32 images are repeated in each."""
     images = distilled.labels[..., 0].numel()
-    return max(1, round(seen / (images * -(-64 // images))))
+    return max(1, round(seen / (images * max(1, 64 // images))))
 
 
 def measure_scratch(
