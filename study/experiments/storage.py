@@ -36,7 +36,7 @@ from study.methods.truncation import NetworkPool
 SEEDS = (0, 1, 2)
 HELD_OUT = ("ViT", "MLP-Mixer", "GRU over rows", "ConvNeXt-like")
 TESTED = {"LeNet": 3, **dict.fromkeys(HELD_OUT, 1)}  # networks behind each row
-SIZES = {"mnist": (4, 8, 31, 80, 314), "fashion": (8,)}  # kB
+SIZES = {"mnist": (4, 8, 31, 80, 314), "fashion": (8, 31)}  # kB
 FORMATS = {"real": (28, 256), "small real": (14, 16)}  # pixels across, levels of gray
 REAL = ("real", "true"), ("real", "teacher"), ("small real", "teacher")  # and their labels
 GENERATED, CODED = dict(generator=True, beta=2.0), dict(generator=False, beta=0.5)
@@ -47,6 +47,7 @@ COMPRESSED = {  # training from scratch
     "mnist-80kB": dict(GENERATED, kilobytes=80, codes=16, channels=(32, 16)),
     "mnist-314kB": dict(CODED, kilobytes=314, codes=24, channels=(32, 16)),
     "fashion-8kB": dict(GENERATED, kilobytes=8, codes=8, channels=(8, 8)),
+    "fashion-31kB": dict(GENERATED, kilobytes=31, codes=12, channels=(16, 12)),
 }
 DISTILLED = {  # for a learned schedule, of so many steps, images in each and epochs
     "mnist-4kB-50updates": dict(
