@@ -189,7 +189,7 @@ def draw_accuracy_per_byte(results: Results, axes: Sequence[Axes], dataset: str 
     """
     remedy = f"give one of {', '.join(SIZES)}"
     du.require(dataset in SIZES, f"dataset={dataset}: {remedy}")
-    titles = {"LeNet": ["LeNet"], "Mean of four networks that nothing was made for": HELD_OUT}
+    titles = {"LeNet": ["LeNet"], "Mean of four held-out networks": HELD_OUT}
     for axis, (title, networks) in zip(axes, titles.items(), strict=True):
         for arm, (end, images, labels, style) in ARMS.items():
             points = mean_by_size(results, rf"{dataset}-\d+kB{end}", networks, images, labels)
