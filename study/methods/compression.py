@@ -112,23 +112,23 @@ def compress(
     """A step of as many images as fit: those of a generator, whose codes take no bytes and are not learned, or decoded
     codes of random real images. The arguments are what `train_teacher` and `fit_decoder` return."""
     codes, images = decoder.options["codes"], dataset.train.images
-    most = min(int(1000 * kilobytes) // dataset.classes, least_of_a_class(dataset))  # a byte each
+    most = most_per_class(dataset, 1000 * kilobytes)  # an image takes a byte at least
     generator = decoder.options["classes"] > 0
     if generator:
         stored = stack(torch.zeros(most * dataset.classes, codes).to(images))
     else:
-        (real,), _ = du.initialize(dataset, "real", steps=1, per_class=max(1, most), seed=seed)
+        (real,), _ = du.initialize(dataset, "real", steps=1, per_class=most, seed=seed)
         stored = stack(du.rounded(encoder(real.flatten(1))[:, :codes], CODE_BITS))
     labels = teach(teacher, decoder(stored)[0])[None]
     options = {"bits": CODE_BITS, **LABELS}
     pool = du.DistilledSet(stored, labels, **options)  # without a decoder, to measure it
-    tensors = [*decoder.parameters(), pool.step_sizes]
+    shared = [*decoder.parameters(), pool.step_sizes]  # by all images
+    shared_bytes = sum(packed_size(tensor, CODE_BITS) for tensor in shared)
 
     def count_bytes(per_class: int) -> int:
         rows = slice(per_class * dataset.classes)
-        parts = (pool.images[:, rows], CODE_BITS), (pool.label_scores[:, rows], 2)
-        parts += tuple((tensor, CODE_BITS) for tensor in tensors)
-        return sum(8 + len(du.pack(*part)[0]) for part in parts)
+        codes, labels = pool.images[:, rows], pool.label_scores[:, rows]
+        return shared_bytes + packed_size(codes, pool.bits) + packed_size(labels, pool.label_bits)
 
     rows = slice(dataset.classes * fitting(most, kilobytes, count_bytes))
     distilled = du.DistilledSet(stored[:, rows], labels[:, rows], decoder=decoder, **options)
@@ -136,9 +136,15 @@ def compress(
     return distilled
 
 
-def least_of_a_class(dataset: du.Dataset) -> int:
-    """The training images of the class that has the fewest."""
-    return int(dataset.train.labels.bincount().min())
+def most_per_class(dataset: du.Dataset, images: float) -> int:
+    """The training images of each class in as many as are given, at most as many as all classes have."""
+    least = int(dataset.train.labels.bincount().min())
+    return max(1, min(int(images) // dataset.classes, least))
+
+
+def packed_size(values: Tensor, bits: int) -> int:
+    """The bytes of values as `du.save` packs them, and 8 for their scale and offset."""
+    return 8 + len(du.pack(values, bits)[0])
 
 
 def fitting(most: int, kilobytes: float, count_bytes: Callable[[int], int]) -> int:
@@ -173,31 +179,29 @@ def real_images(
     """
     low, high = ((pixel - dataset.mean) / dataset.std for pixel in (0, 1))
     classes = dataset.classes
-    most = min(int(60 * kilobytes) // classes, least_of_a_class(dataset))  # over 16 bytes each
-    images, labels = du.initialize(dataset, "real", steps=1, per_class=max(1, most), seed=seed)
+    most = most_per_class(dataset, 60 * kilobytes)  # an image takes over 16 bytes
+    images, labels = du.initialize(dataset, "real", steps=1, per_class=most, seed=seed)
     small = F.interpolate(images[0], (size, size), mode="bilinear", antialias=True)
     numbers = ((small - low) / (high - low) * (levels - 1)).round().clamp(0, levels - 1)
-    seen = F.interpolate(
-        numbers / (levels - 1) * (high - low) + low, images.shape[-2:], mode="bilinear"
-    )
-    numbers = (
-        numbers.byte().cpu().unflatten(0, (-1, classes)).transpose(0, 1)
-    )  # the classes in order
-    scores = None
+    grays = numbers / (levels - 1) * (high - low) + low
+    seen = F.interpolate(grays, images.shape[-2:], mode="bilinear")
+    numbers = numbers.byte().cpu().unflatten(0, (-1, classes)).transpose(0, 1)  # class by class
     if teacher is not None:
         soft = du.DistilledSet(seen[None], teach(teacher, seen)[None], bits=CODE_BITS, **LABELS)
-        labels, scores = soft.labels.detach(), soft.label_scores.detach()
+        labels = soft.labels.detach()
 
     def count_bytes(per_class: int) -> int:
-        taught = 0 if scores is None else 8 + len(du.pack(scores[:, : per_class * classes], 2)[0])
-        return packed_bytes(numbers[:, :per_class]) + taught
+        stored = lzma_size(numbers[:, :per_class])
+        if teacher is not None:
+            stored += packed_size(soft.label_scores.detach()[:, : per_class * classes], 2)
+        return stored
 
     per_class = fitting(most, kilobytes, count_bytes)
     rows = slice(per_class * classes)
     return du.DistilledSet(seen[None, rows], labels[:, rows]), count_bytes(per_class)
 
 
-def packed_bytes(numbers: Tensor) -> int:
+def lzma_size(numbers: Tensor) -> int:
     """Bytes of whole numbers [..., h, w] as LZMA packs them, by rows or by columns, whichever takes fewer."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
     orders = numbers, numbers.transpose(-2, -1)
