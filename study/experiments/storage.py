@@ -10,8 +10,6 @@ import copy
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe, find_set
@@ -25,6 +23,7 @@ from study.experiments.protocols import (
 from study.methods.architectures import make_narrow_lenet
 from study.methods.compression import (
     CODE_BITS,
+    FewBits,
     compress,
     fit_decoder,
     real_images,
@@ -163,18 +162,6 @@ def whole(experiment: Experiment) -> None:
 
 
 # ---------------------------------------------------------------------------- networks in place of sets
-class FewBits(nn.Module):
-    """A network whose weights are rounded to 4 bits, biases to 16; its gradients pass as if they were not."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        weights = {name: du.rounded(w, CODE_BITS) for name, w in self.network.named_parameters()}
-        return functional_call(self.network, weights, images)
-
-
 def networks(experiment: Experiment) -> None:
     """LeNets trained on all real images, which could be stored in place of a set, as floats or in few bits."""
     kinds = {"LeNet": du.LeNet}

@@ -39,6 +39,18 @@ def teach(teacher: nn.Module, images: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------ a decoder for all images
+class FewBits(nn.Module):
+    """A network whose weights are rounded to CODE_BITS, biases to 16; its gradients pass as if they were not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weights = {name: du.rounded(w, CODE_BITS) for name, w in self.network.named_parameters()}
+        return functional_call(self.network, weights, inputs)
+
+
 def fit_decoder(
     dataset: du.Dataset,
     *,
@@ -73,6 +85,7 @@ def fit_decoder(
         decoder = du.CodeDecoder(codes, channels, images.shape[1:], one_hot.shape[1]).to(device)
         hidden = nn.Linear(images[0].numel() + one_hot.shape[1], 256), nn.ReLU()
         encoder = nn.Sequential(*hidden, nn.Linear(256, 2 * codes)).to(device)
+        few_bits = FewBits(decoder)
         optimizer = torch.optim.Adam([*decoder.parameters(), *encoder.parameters()], lr=3e-3)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
         for _ in range(iterations):
@@ -81,8 +94,7 @@ def fit_decoder(
             inputs = torch.cat([batch.flatten(1), *[one_hot] * generator], 1)
             mean, log_std = encoder(inputs).clamp(-6, 6).chunk(2, 1)
             code = mean + log_std.exp() * torch.randn_like(mean)
-            weights = {name: du.rounded(w, CODE_BITS) for name, w in decoder.named_parameters()}
-            (decoded,) = functional_call(decoder, weights, stack(code - points))
+            (decoded,) = few_bits(stack(code - points))
             divergence = ((mean**2 + (2 * log_std).exp() - 1) / 2 - log_std).sum()
             loss = ((decoded - batch).square().sum() + beta * divergence) / len(batch)
             optimizer.zero_grad()
