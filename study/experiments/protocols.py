@@ -19,10 +19,11 @@ Content = tuple[str, str]  # what a set's images and labels are, in the words of
 FIXED = "LeNet, fixed initialization"
 UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize` calls them
 SCRATCH = "from scratch by Adam"
-SEEN, SCRATCH_STEP_SIZES = (
-    96_000,
-    (1e-3, 3e-3),
-)  # images that a network sees from scratch, and candidates
+SEEN = 96_000  # images that a network sees from scratch
+SCRATCH_STEP_SIZES = (1e-3, 3e-3)  # candidates
+# To distill images for training from scratch: an inner loop like it, and the outer loop.
+LONG_TRAINING = {"epochs": 300, "momentum": 0.9, "soft_labels": True, "step_size": 0.01}
+FOR_SCRATCH = {"batch_size": 512, "learning_rate": 0.05, "step_size_learning_rate": 0}
 STEP_SIZES = {  # candidates for a constant one
     "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
     "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),

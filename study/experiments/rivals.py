@@ -8,12 +8,9 @@ from functools import partial
 
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe
-from study.experiments.protocols import UNDISTILLED, measure_scratch
+from study.experiments.protocols import FOR_SCRATCH, LONG_TRAINING, UNDISTILLED, measure_scratch
 from study.methods.matching import feature_distance, gradient_distance, match
 from study.methods.truncation import NetworkPool
-
-CONSTANT = {"momentum": 0.9, "soft_labels": True, "step_size": 0.01}  # training from scratch itself
-KEPT = {"batch_size": 512, "step_size_learning_rate": 0}  # keeps the step sizes
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,9 @@ def rivalry(experiment: Experiment, *, rival: Rival) -> None:
     mnist, method, begin = experiment.dataset, rival.method, time.process_time()
     kind, unrolled = UNDISTILLED.get(method, "real"), method == UNROLLED
     images = du.initialize(mnist, kind, steps=1, per_class=10)
-    distilled = du.DistilledSet(*images, **({"epochs": 300, **CONSTANT} if unrolled else {}))
+    distilled = du.DistilledSet(*images, **(LONG_TRAINING if unrolled else {}))
     if unrolled:
-        options = {**KEPT, "learning_rate": 0.05, "unroll": NetworkPool(10, **rival.options)}
+        options = {**FOR_SCRATCH, "unroll": NetworkPool(10, **rival.options)}
         experiment.improve(distilled, iterations=rival.iterations, **options)
     elif method in DISTANCES:
         options = {

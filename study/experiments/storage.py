@@ -14,6 +14,8 @@ import torch
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe, find_set
 from study.experiments.protocols import (
+    FOR_SCRATCH,
+    LONG_TRAINING,
     hard_labels,
     learn_step_sizes,
     measure_schedule,
@@ -149,11 +151,9 @@ def in_steps(fitted: du.DistilledSet, size: tuple[int, int, int]) -> du.Distille
 def whole(experiment: Experiment) -> None:
     """Ten whole images in 8 bits, distilled for training from scratch, beside the class means that they start from."""
     means = du.initialize(experiment.dataset, "k-means", steps=1)
-    inner = {"epochs": 300, "momentum": 0.9, "step_size": 0.01}  # that of training from scratch
-    distilled = du.DistilledSet(*means, soft_labels=True, bits=8, **inner)
-    outer = {"batch_size": 512, "learning_rate": 0.05, "step_size_learning_rate": 0}
-    outer |= {"unroll": NetworkPool(10, window=60), "iterations": 1400}
-    columns = {"set": experiment.distill(distilled, **outer)}
+    distilled = du.DistilledSet(*means, bits=8, **LONG_TRAINING)
+    outer = {**FOR_SCRATCH, "unroll": NetworkPool(10, window=60)}
+    columns = {"set": experiment.distill(distilled, iterations=1400, **outer)}
     columns |= {"images": "distilled", "labels": "distilled"}
     measure_bytes(experiment, **columns)
     measure_scratch(experiment, experiment.load(columns["set"]), TESTED, **columns)
