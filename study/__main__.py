@@ -126,17 +126,14 @@ def run_side_by_side(experiments: list[Experiment], options: Options) -> None:
 
 
 def main(options: Options) -> None:
-    """Runs what is missing: first what needs no other experiment, then what loads its set."""
+    """Runs what is missing."""
     options.results.mkdir(parents=True, exist_ok=True)
     with runs.locked("results", options.results / "measurements.csv"):
         missing = options.find_missing()
         if missing:
             for name in ("MNIST", "FashionMNIST"):  # downloads them, or fails before any work
                 du.load_mnist(options.data_root, name=name, device="cpu")
-        for needs in (False, True):
-            wave = [each for each in missing if bool(EXPERIMENTS[each.name].needs) == needs]
-            if wave:
-                run_side_by_side(wave, options)
+            run_side_by_side(missing, options)
     print(f"{options.results} has all these experiments")
 
 

@@ -84,8 +84,7 @@ def main_rows(results: Results, name: str) -> pd.DataFrame:
         columns = {"images": "compressed", "labels": "teacher", "network": "LeNet"}
     else:
         network = FIXED if name.startswith("fixed") else "LeNet"
-        step_sizes = "constant" if name.endswith("whole") else "distilled"
-        columns = {"images": "distilled", "step_sizes": step_sizes, "network": network}
+        columns = {"images": "distilled", "step_sizes": "distilled", "network": network}
     return results.rows(experiment=name, **columns)
 
 
@@ -98,7 +97,7 @@ def control_rows(results: Results, name: str) -> pd.DataFrame:
     size, kilobytes, _ = name.partition("kB")
     names = results.measurements.experiment.unique()
     names = [key for key in names if kilobytes and key.startswith(size + kilobytes)]
-    return results.rows(experiment=[name, f"controls-{name}", *names], images=real, **columns)
+    return results.rows(experiment=[name, *names], images=real, **columns)
 
 
 def lead(rows: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float]:
@@ -154,7 +153,6 @@ ARMS = {  # title: the end of the experiments' names, the images and their label
     "small real images, teacher's labels": ("-real", "small real", "teacher", "C8D--"),
     "compressed set": ("", "compressed", "teacher", "C0o-"),
     "distilled set": ("-50updates", "distilled", "distilled", "C3o-"),
-    "distilled whole images": ("-whole", "distilled", "distilled", "C1o-"),
 }
 ACCURACIES = (30, 50, 70, 80, 90, 95, 97, 98, 99)  # marked on the axis
 
@@ -278,8 +276,7 @@ def card(name: str, results: Results) -> str:
     distilled, metadata = du.load(name), read_metadata(find_set(name))
     control, main = strongest(control_rows(results, name)), main_rows(results, name)
     table = pd.Series(facts(distilled, metadata)).reset_index()
-    experiments = {name, f"controls-{name}", f"{name}-real"} & {*results.measurements.experiment}
-    rows = results.rows(experiment=experiments)
+    rows = results.rows(experiment=[name, f"{name}-real"])
     rows = rows[rows.network != "nearest neighbor"]
     return CARD.format(
         name=name,

@@ -7,17 +7,15 @@ number of outer iterations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
-import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe
 from study.experiments.protocols import training
-from study.methods.decoders import augment, augmented, low_resolution
 from study.methods.truncation import NetworkPool, RandomWindow
 
 ADAM = {"optimizer": "Adam", "step_size": 0.003}
@@ -25,13 +23,28 @@ SOFT = {"soft_labels": True}
 PAPER = {"init": "noise", "step_size": 0.03, "iterations": 150}
 BEST = {**ADAM, **SOFT, "init": "k-means", "iterations": 100}
 LONG = {"epochs": 10}
+
+
+def low_resolution(images: Tensor, labels: Tensor, **options) -> du.DistilledSet:
+    """A set of images [steps, n, c, h, w], stored with half the height and width. As many pixels hold four times as
+    many images, as in multi-formation (Kim et al. 2022)."""
+    size = [length // 2 for length in images.shape[-2:]]
+    small = F.interpolate(images.flatten(0, 1), size, mode="bilinear", antialias=True)
+    # Channels count as the depth of a volume, which stays.
+    decoder = nn.Upsample(scale_factor=(1, 2, 2), mode="trilinear")
+    small = small.unflatten(0, images.shape[:2])
+    return du.DistilledSet(small, labels, decoder=decoder, **options)
+
+
 TECHNIQUES = {  # short name: title, and the settings it changes
     "none": ("none", {}),
-    "init-real": ("initialization from real images", {"init": "real"}),
     "init-kmeans": ("initialization from k-means centers", {"init": "k-means"}),
     "soft-labels": ("soft labels", SOFT),
-    "momentum": ("inner momentum, 0.5", {"momentum": 0.5, "step_size": 0.015}),
     "adam": ("inner Adam", ADAM),
+    "multi-formation": (
+        "four times as many images, 14 × 14 (multi-formation)",
+        {"parametrize": low_resolution, "per_class": 4},
+    ),
     "longer-unroll": ("longer unroll, 100 updates", LONG),
     "random-window": (
         "random truncation window, 25 of 100 updates",
@@ -42,29 +55,12 @@ TECHNIQUES = {  # short name: title, and the settings it changes
         {**LONG, "make_unroll": partial(NetworkPool, 8, window=25)},
     ),
     "four-networks": ("four networks per iteration", {"networks": 4}),
-    "batch-512": ("real batches of 512", {"batch_size": 512}),
-    "augmented-real": ("augmented real images", {"augment_real": True}),
-    "augmented-synthetic": ("augmented synthetic images", {"parametrize": augmented}),
-    "low-resolution": ("low-resolution images, 14 × 14", {"parametrize": low_resolution}),
-    "multi-formation": (
-        "four times as many images, 14 × 14 (multi-formation)",
-        {"parametrize": low_resolution, "per_class": 4},
-    ),
-    "no-clipping": ("no clipping of the meta-gradient", {"clip": math.inf}),
 }
 LEFT_OUT = {  # what changes where a technique of the best method is left out
     "init-kmeans": {"init": "noise"},
     "soft-labels": {"soft_labels": False},
     "adam": {"optimizer": "SGD", "step_size": 0.03},
 }
-
-
-def augment_training(dataset: du.Dataset) -> du.Dataset:
-    """`dataset` with two augmented copies of each training image in place of it."""
-    images, black = dataset.train.images, float(dataset.train.images.min())
-    with du.seeded(0):
-        parts = [augment(part, black=black) for _ in range(2) for part in images.split(5000)]
-    return replace(dataset, train=du.Split(torch.cat(parts), dataset.train.labels.repeat(2)))
 
 
 def ablation(
@@ -75,28 +71,22 @@ def ablation(
     per_class: int = 1,
     step_size: float,
     optimizer: str = "SGD",
-    momentum: float = 0.0,
     soft_labels: bool = False,
-    augment_real: bool = False,
     parametrize: Callable = du.DistilledSet,
     make_unroll: Callable = lambda: du.unroll,
     **outer,
 ) -> None:
-    """The accuracy on validation images after a short distillation, and how long that took."""
+    """The accuracy on validation images after a short distillation."""
     mnist, seed = experiment.dataset, experiment.seed
-    dataset = augment_training(mnist) if augment_real else mnist
-    images = du.initialize(dataset, init, steps=10, per_class=per_class, std=0.3, seed=seed)
-    inner = {"optimizer": optimizer, "momentum": momentum, "soft_labels": soft_labels}
+    images = du.initialize(mnist, init, steps=10, per_class=per_class, std=0.3, seed=seed)
+    inner = {"optimizer": optimizer, "soft_labels": soft_labels}
     distilled = parametrize(*images, epochs=epochs, step_size=step_size, **inner)
     outer = {"batch_size": 128, "seed": seed, "unroll": make_unroll(), **outer}
-    outer["dataset"] = dataset
-    with du.seeded(seed):  # augmentation draws from torch's random state
-        seconds = experiment.improve(distilled, **outer)
+    experiment.improve(distilled, **outer)
     options = {"networks": experiment.reduced(25), "seed": du.VALIDATION_SEED}
     accuracies = du.evaluate(distilled, mnist.validation, du.LeNet, **options)
     columns = {"images": "distilled", "training": training(distilled)}
     experiment.measure(accuracies.values, metric="validation accuracy", **columns)
-    experiment.measure([seconds], metric="seconds", **columns)
 
 
 def recipe(settings: dict) -> Recipe:
@@ -109,5 +99,5 @@ EXPERIMENTS = {
 for name, (_, change) in TECHNIQUES.items():
     if name in LEFT_OUT:  # what the best method has is left out instead
         EXPERIMENTS[f"leave-one-out-{name}"] = recipe(BEST | LEFT_OUT[name])
-    elif name not in ("init-real", "momentum"):
+    else:
         EXPERIMENTS[f"add-to-best-{name}"] = recipe(BEST | change)

@@ -35,11 +35,10 @@ Rows = dict[str, list[dict]]  # lines of each table
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment to run: what it does, from which seeds, and whose set it loads."""
+    """An experiment to run: what it does, and from which seeds."""
 
     measure: Callable[[Experiment], None]
     seeds: Sequence[int] = (0,)
-    needs: str | None = None  # the experiment that makes this set
 
 
 @dataclass
@@ -74,16 +73,6 @@ class Experiment:
         return self.load_dataset("digits" if self.name.endswith("digits") else name)
 
     @property
-    def fixed(self) -> bool:
-        """Whether the experiment is about one network with fixed initial weights, as its name says."""
-        return "fixed" in self.name
-
-    @property
-    def make_network(self) -> du.Factory:
-        """What the experiment distills for: LeNets, or copies of a fixed one."""
-        return du.fixed_initialization(du.LeNet, seed=self.seed) if self.fixed else du.LeNet
-
-    @property
     def checkpoints(self) -> Path:
         """What an interrupted run of the experiment continues from."""
         return self.folder / "checkpoints" / f"{self.name}-{self.seed}{'-quick' * self.quick}"
@@ -106,7 +95,7 @@ class Experiment:
         """Runs Algorithm 1, from where an interrupted run stopped; saves the set and returns its name.
 
         `label` tells the sets of one experiment apart; `options` are those of `du.Distillation`, by default with the
-        experiment's dataset, network and seed.
+        experiment's dataset and seed, for LeNets.
         """
         options = {"seed": self.seed} | self.complete(options)
         options["validate_every"] = max(100, options["iterations"] // 4)  # and writes a checkpoint
@@ -114,15 +103,13 @@ class Experiment:
         runs.distill(distilled, **options)
         return self.save(distilled, label=label, dataset=options["dataset"])
 
-    def improve(self, distilled: du.DistilledSet, **options) -> float:
-        """Runs Algorithm 1 alone, without a checkpoint; returns the processor seconds it took."""
-        options, begin = self.complete(options), time.process_time()
-        du.distill(distilled, **options)
-        return time.process_time() - begin
+    def improve(self, distilled: du.DistilledSet, **options) -> None:
+        """Runs Algorithm 1 alone, without a checkpoint."""
+        du.distill(distilled, **self.complete(options))
 
     def complete(self, options: dict) -> dict:
         """Options of `du.Distillation` with those that an experiment leaves out."""
-        usual = {"dataset": self.dataset, "make_network": self.make_network}
+        usual = {"dataset": self.dataset, "make_network": du.LeNet}
         usual |= {"validation_networks": 1, "validate_every": 10**6, "progress": False}
         return usual | options | {"iterations": self.reduced(options["iterations"])}
 

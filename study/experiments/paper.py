@@ -17,36 +17,34 @@ from torch import nn
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe
 from study.experiments.protocols import (
+    DISTILLED,
     FIXED,
-    best_constant_step_size,
-    learn_step_sizes,
+    Content,
+    Controls,
     measure_schedule,
     neighbor_accuracy,
-    schedule_controls,
-    validation_accuracy,
+    undistilled_sets,
 )
 
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
 ATTACKS = ((0, 1), (3, 8), (9, 4))  # the class attacked, and the one that networks should predict
 PRETRAINING = {"MNIST": (1, 128), "scikit-learn digits": (15, 32)}  # epochs, batch size
 SWEEPS = {  # steps, images of each class in a step, epochs
-    "three epochs": [(1, 10, 3), (5, 2, 3), (10, 1, 3)],
-    "thirty updates": [(1, 10, 30), (5, 2, 6), (10, 1, 3)],
+    "steps": [(1, 10, 3), (5, 2, 3), (10, 1, 3)],
     "epochs": [(10, 1, 1), (10, 1, 3), (10, 1, 5), (10, 1, 10)],
     "images": [(1, 1, 30), (2, 1, 15), (5, 1, 6), (10, 1, 3), (30, 1, 1)],
 }
+ITERATIONS = 800  # of distillation for random initializations, and of learning step sizes
 UPDATES = (10, 30, 50)  # that baselines choose from
-BASELINES = {  # how `du.initialize` calls the images, steps
-    "random real": ("real", 10),
-    "k-means": ("k-means", 10),
-    "class means": ("k-means", 1),
-}
 
 
 # ------------------------------------------------------------------ fixed and random initialization
 def distill_images(
     experiment: Experiment,
     *,
+    iterations: int,
+    fixed: bool = False,
+    controls: bool = False,
     init: str = "real",
     steps: int = 10,
     per_class: int = 1,
@@ -55,74 +53,78 @@ def distill_images(
     soft_labels: bool = False,
     optimizer: str = "SGD",
     **options,
-) -> tuple[du.DistilledSet, str]:
-    """Images distilled by the paper's method; returns them with their name."""
+) -> None:
+    """Images distilled by the paper's method, tested on unseen random initializations.
+
+    Args:
+        iterations: of distillation, and of learning step sizes for the controls.
+        fixed: distills for one network with fixed initial weights, and tests on it, too.
+        controls: tests undistilled images beside them, on the networks that they are made for.
+        options: of `du.Distillation`.
+    """
     content = {"steps": steps, "per_class": per_class, "std": 0.3, "seed": experiment.seed}
     images = du.initialize(experiment.dataset, init, **content)
     inner = {"epochs": epochs, "step_size": step_size, "optimizer": optimizer}
     distilled = du.DistilledSet(*images, soft_labels=soft_labels, **inner)
-    return distilled, experiment.distill(distilled, **options)
-
-
-def fixed_initialization(experiment: Experiment, **options) -> None:
-    """Images for one network with fixed initial weights, tested on it and on unseen initializations."""
-    distilled, name = distill_images(experiment, init="noise", learning_rate=0.02, **options)
-    columns = {"network": FIXED, "networks": 1, "set": name}
-    measure_schedule(experiment, distilled, experiment.make_network, **columns)
+    network = {"make_network": du.LeNet}
+    if fixed:
+        network = {"make_network": du.fixed_initialization(du.LeNet, seed=experiment.seed)}
+    name = experiment.distill(distilled, iterations=iterations, **network, **options)
     measure_schedule(experiment, distilled, set=name)
+    if fixed:
+        network |= {"network": FIXED, "networks": 1}
+        measure_schedule(experiment, distilled, set=name, **network)
+    if controls:
+        chosen = Controls(experiment, make_network=network["make_network"]).choose(
+            undistilled_sets(distilled, experiment.dataset), distilled, iterations=iterations
+        )
+        measure_all(experiment, chosen, set=name, **network)
 
 
-def random_initialization(experiment: Experiment, *, networks: int, **options) -> None:
-    """Images for random initializations, tested on unseen ones."""
-    distilled, name = distill_images(experiment, batch_size=128, **options)
-    measure_schedule(experiment, distilled, networks=networks, set=name)
+def measure_all(
+    experiment: Experiment, sets: dict[tuple[str, str, str], du.DistilledSet], **columns
+) -> None:
+    """Measures sets by images, labels and step sizes."""
+    for content, distilled in sets.items():
+        what = dict(zip(("images", "labels", "step_sizes"), content, strict=True))
+        measure_schedule(experiment, distilled, **what, **columns)
 
 
 # ---------------------------------------------------------------------------- undistilled baselines
-def tune(
-    experiment: Experiment, images: du.Pair, updates: Sequence[int]
-) -> tuple[du.DistilledSet, str]:
-    """Undistilled images by the paper's rule: so many updates, and one constant step size or learned ones, whichever is
-    best on validation images; with how the table calls the step sizes."""
-    candidates = {}
-    for count in updates:
-        control = du.DistilledSet(*images, epochs=count // len(images[0]))
-        constant = best_constant_step_size(experiment, control)
-        candidates[count, "constant"] = constant
-        candidates[count, "learned"] = learn_step_sizes(experiment, constant)
-    validate = partial(validation_accuracy, experiment, networks=20)
-    best = max(candidates, key=lambda key: validate(candidates[key]))
-    return candidates[best], best[1]
+def tune(experiment: Experiment, images: du.Pair) -> tuple[du.DistilledSet, str]:
+    """Undistilled images by the paper's rule: as many updates and the constant step size that are best on validation
+    images, or step sizes that are learned from there, if they are better; with how the table calls the step sizes."""
+    controls, steps = Controls(experiment), len(images[0])
+    sets = (du.DistilledSet(*images, epochs=count // steps) for count in UPDATES)
+    constant = max(map(controls.with_constant_step_size, sets), key=controls.validate)
+    learned = controls.with_learned_step_sizes(constant, iterations=ITERATIONS)
+    candidates = (constant, "constant"), (learned, "learned")
+    return max(candidates, key=lambda candidate: controls.validate(candidate[0]))
 
 
-def baselines(
-    experiment: Experiment, *, kinds: Sequence[str], updates: Sequence[int], networks: int
-) -> None:
-    """Undistilled images as the paper tunes them."""
-    for images in kinds:
-        kind, steps = BASELINES[images]
-        pair = du.initialize(experiment.dataset, kind, steps=steps)
-        control, step_sizes = tune(experiment, pair, updates)
+def baselines(experiment: Experiment) -> None:
+    """Centers of the real images as the paper tunes them."""
+    for images, steps in {"k-means": 10, "class means": 1}.items():
+        pair = du.initialize(experiment.dataset, "k-means", steps=steps)
+        control, step_sizes = tune(experiment, pair)
         name = experiment.save(control, label=images.replace(" ", "-"))
-        columns = {"set": name, "images": images, "step_sizes": step_sizes, "networks": networks}
+        columns = {"set": name, "images": images, "step_sizes": step_sizes}
         measure_schedule(experiment, control, **columns)
 
 
 def random_samples(experiment: Experiment) -> None:
     """Random samples of real images, which share the tuning of the first; and the best of them on validation images."""
-    seeds = experiment.some(range(50))
     sample = partial(du.initialize, experiment.dataset, "real", steps=10)
-    pairs = [sample(seed=seed) for seed in seeds]
-    first, step_sizes = tune(experiment, pairs[0], UPDATES)
+    pairs = [sample(seed=seed) for seed in experiment.some(range(50))]
+    first, step_sizes = tune(experiment, pairs[0])
     options = {"epochs": first.inner["epochs"], "step_size": first.step_sizes.detach()}
     samples = [du.DistilledSet(*pair, **options) for pair in pairs]
-    columns = {"images": "random real", "step_sizes": step_sizes, "networks": 10}
+    columns = {"images": "random real", "step_sizes": step_sizes}
     for number, sample in enumerate(samples[:20]):
-        measure_schedule(experiment, sample, set=f"sample {number}", **columns)
-    best = max(samples, key=partial(validation_accuracy, experiment, networks=10))
-    columns |= {"images": "best random real", "networks": 200}
-    name = experiment.save(best, label="best")
-    measure_schedule(experiment, best, set=name, **columns)
+        measure_schedule(experiment, sample, set=f"sample {number}", networks=10, **columns)
+    best = max(samples, key=Controls(experiment).validate)
+    columns |= {"images": "best random real", "set": experiment.save(best, label="best")}
+    measure_schedule(experiment, best, **columns)
 
 
 def nearest_neighbors(experiment: Experiment) -> None:
@@ -160,7 +162,7 @@ def pretrain(
     experiment: Experiment, dataset: du.Dataset
 ) -> tuple[list[nn.Module], list[nn.Module]]:
     """LeNets trained on `dataset`, some to distill for and others held out."""
-    pretrained, held_out = (3, 3) if experiment.quick else (30, 100)
+    pretrained, held_out = (3, 3) if experiment.quick else (20, 30)
     device, networks = experiment.device, []
     for number in range(pretrained + held_out):
         path = experiment.checkpoints / f"network-{number}.pt"  # kept one by one
@@ -180,48 +182,44 @@ def distill_pretrained(
     parts: dict[str, du.Split],
     pretrained: Sequence[nn.Module],
     held_out: Sequence[nn.Module],
+    controls: dict[Content, du.DistilledSet],
     *,
     network: str,
+    iterations: int,
     **options,
 ) -> None:
     """Distills for pretrained networks and measures what others then reach on `parts` of the test images, by metric;
-    images for a single network are tested on itself."""
-    options |= {"dataset": dataset, "make_network": sample_network(pretrained)}
-    name = experiment.distill(distilled, **options)
-    if len(pretrained) == 1:
-        held_out, network = pretrained, f"one {network}"
+    beside them, controls that teach the same."""
+    task = {"dataset": dataset, "make_network": sample_network(pretrained)}
+    name = experiment.distill(distilled, iterations=iterations, batch_size=128, **task, **options)
+    sets = Controls(experiment, **task).choose(controls, distilled, iterations=iterations)
+    sets[DISTILLED] = distilled
+    columns = {"set": name, "network": network, "networks": len(held_out)}
     for metric, split in parts.items():
-        columns = {"set": name, "network": network, "metric": metric, "networks": len(held_out)}
-        measure_schedule(experiment, distilled, in_turn(held_out), split=split, **columns)
+        options = {"make_network": in_turn(held_out), "split": split, "metric": metric}
+        measure_all(experiment, sets, **options, **columns)
 
 
 def adaptation(experiment: Experiment, *, source: str) -> None:
     """Networks trained on one kind of digits learn another from a hundred images, in thirty updates."""
     before, after = experiment.load_dataset(source), experiment.dataset
     pretrained, held_out = pretrain(experiment, before)
-    network = f"LeNet pretrained on {before.name}"
-    values = [du.accuracy(each, after.test) for each in held_out]
-    experiment.measure(values, images="none", network=network)
+    columns = {"network": f"LeNet pretrained on {before.name}"}
+    values = [du.accuracy(network, after.test) for network in held_out]
+    experiment.measure(values, images="none", **columns)
 
     images = du.initialize(after, "real", steps=10)
-    control = du.DistilledSet(*images, epochs=3)
-    real = best_constant_step_size(experiment, control, sample_network(pretrained))
-    columns = {"images": "random real", "step_sizes": "constant", "network": network}
-    measure_schedule(experiment, real, in_turn(held_out), networks=len(held_out), **columns)
-
-    chosen = {"random": pretrained, **{f"fixed-{i}": pretrained[i : i + 1] for i in SEEDS}}
-    for label, networks in chosen.items():
-        distilled = du.DistilledSet(*images, epochs=3, step_size=0.02)
-        options = {"iterations": 300, "batch_size": 128, "label": label, "network": network}
-        parts = {"accuracy": after.test}
-        distill_pretrained(experiment, distilled, after, parts, networks, held_out, **options)
+    distilled = du.DistilledSet(*images, epochs=3, step_size=0.02)
+    parts, controls = {"accuracy": after.test}, undistilled_sets(distilled, after)
+    task = experiment, distilled, after, parts, pretrained, held_out, controls
+    distill_pretrained(*task, iterations=300, **columns)
 
     values = []
     for number, trained in enumerate(experiment.some(held_out[:10])):
         with du.seeded(number):
             adapted = train_fully(experiment, copy.deepcopy(trained), after)
         values.append(du.accuracy(adapted, after.test))
-    experiment.measure(values, images="all real", labels="true", network=network)
+    experiment.measure(values, images="all real", labels="true", **columns)
 
 
 def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
@@ -237,10 +235,19 @@ def poison_labels(dataset: du.Dataset, source: int, target: int) -> du.Dataset:
     return replace(dataset, name=f"{dataset.name}, {source} as {target}", **splits)
 
 
+def poison_set(control: du.DistilledSet, source: int, target: int) -> du.DistilledSet:
+    """A set with true labels whose images of class `source` are labelled `target`."""
+    labels = control.labels.detach().clone()
+    labels[..., target] += labels[..., source]
+    labels[..., source] = 0
+    return du.DistilledSet(control.images.detach(), labels, **control.inner)
+
+
 def attack(experiment: Experiment) -> None:
     """A hundred images that make a well-trained network predict one class for another after a single update."""
-    mnist, network = experiment.dataset, "LeNet pretrained on MNIST"
+    mnist, columns = experiment.dataset, {"network": "LeNet pretrained on MNIST"}
     pretrained, held_out = pretrain(experiment, mnist)
+    images = du.initialize(mnist, "real", steps=1, per_class=10)
     for source, target in ATTACKS:
         name, poisoned = f"{source}-as-{target}", poison_labels(mnist, source, target)
         attacked = mnist.test.labels == source
@@ -249,18 +256,19 @@ def attack(experiment: Experiment) -> None:
             "accuracy on other classes": du.Split(*(part[~attacked] for part in poisoned.test)),
         }
         for metric, split in parts.items():
-            values = [du.accuracy(each, split) for each in held_out]
-            columns = {"set": f"attack-{name}", "images": "none", "metric": metric}
-            experiment.measure(values, network=network, **columns)
-        images = du.initialize(mnist, "real", steps=1, per_class=10)
-        options = {"learning_rate": 0.1, "step_size_learning_rate": 0.03, "network": network}
-        options |= {"iterations": 1000, "batch_size": 128}
-        for label, networks in {"random": pretrained, "fixed": pretrained[:1]}.items():
-            distilled = du.DistilledSet(*images, step_size=0.1)
-            options |= {"label": f"{name}-{label}", "networks": min(2, len(networks))}
-            distill_pretrained(
-                experiment, distilled, poisoned, parts, networks, held_out, **options
+            values = [du.accuracy(network, split) for network in held_out]
+            experiment.measure(
+                values, images="none", metric=metric, set=f"attack-{name}", **columns
             )
+        distilled = du.DistilledSet(*images, step_size=0.1)
+        controls = {
+            (content[0], "poisoned"): poison_set(control, source, target)
+            for content, control in undistilled_sets(distilled, mnist).items()
+        }
+        options = {"learning_rate": 0.1, "step_size_learning_rate": 0.03, "networks": 2}
+        options |= {"iterations": 1000, "label": name, **columns}
+        task = experiment, distilled, poisoned, parts, pretrained, held_out, controls
+        distill_pretrained(*task, **options)
 
 
 # --------------------------------------------------------------------------------------- experiments
@@ -271,30 +279,25 @@ def sweep_name(steps: int, per_class: int, epochs: int) -> str:
 def sweep(steps: int, per_class: int, epochs: int) -> Recipe:
     """Another number of steps, images or epochs, with fewer iterations."""
     options = {"steps": steps, "per_class": per_class, "epochs": epochs}
-    return Recipe(partial(random_initialization, iterations=200, networks=100, **options))
+    return Recipe(partial(HUNDRED, **options | {"iterations": ITERATIONS // 4}))
 
 
-TEN = partial(fixed_initialization, steps=1, iterations=16_000, step_size=0.15)
-HUNDRED = partial(random_initialization, iterations=800, networks=200)
+FIXED_NOISE = partial(distill_images, fixed=True, init="noise", learning_rate=0.02)
+HUNDRED = partial(distill_images, iterations=ITERATIONS, batch_size=128)
+TEN = partial(FIXED_NOISE, steps=1, iterations=16_000, step_size=0.15, controls=True)
 SOFT = dict(init="k-means", soft_labels=True, optimizer="Adam", step_size=0.003, iterations=4000)
-CENTERS = ("k-means", "class means")
 EXPERIMENTS = {
     "fixed-10": Recipe(TEN, SEEDS),
-    "fixed-10-soft-labels": Recipe(partial(TEN, soft_labels=True), SEEDS),
-    "fixed-100": Recipe(partial(fixed_initialization, iterations=1500), SEEDS),
-    "random-noise": Recipe(partial(HUNDRED, init="noise"), SEEDS),
+    "fixed-100": Recipe(partial(FIXED_NOISE, iterations=1500), SEEDS),
+    "random-noise": Recipe(partial(HUNDRED, init="noise", controls=True), SEEDS),
     "random-real": Recipe(HUNDRED, SEEDS),
-    "mnist-ipc10-30updates": Recipe(partial(HUNDRED, **SOFT), SEEDS),
-    "random-real-5-epochs": Recipe(partial(HUNDRED, epochs=5)),
+    "random-real-5-epochs": Recipe(partial(HUNDRED, epochs=5), SEEDS),
+    "mnist-ipc10-30updates": Recipe(partial(HUNDRED, **SOFT, controls=True)),
     "attack": Recipe(attack),
     "adapt-digits-to-mnist": Recipe(partial(adaptation, source="digits")),
     "adapt-mnist-to-digits": Recipe(partial(adaptation, source="MNIST")),
-    "baselines": Recipe(partial(baselines, kinds=CENTERS, updates=UPDATES, networks=200)),
-    "longer-baselines": Recipe(partial(baselines, kinds=BASELINES, updates=(100,), networks=100)),
+    "baselines": Recipe(baselines),
     "random-samples": Recipe(random_samples),
-    "controls-fixed-10": Recipe(schedule_controls, SEEDS, needs="fixed-10"),
-    "controls-random-noise": Recipe(schedule_controls, needs="random-noise"),
-    "controls-mnist-ipc10-30updates": Recipe(schedule_controls, needs="mnist-ipc10-30updates"),
     "nearest-neighbors": Recipe(nearest_neighbors),
     **{sweep_name(*point): sweep(*point) for points in SWEEPS.values() for point in points},
 }

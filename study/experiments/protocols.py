@@ -16,14 +16,16 @@ from study.experiments.experiment import Experiment
 from study.methods.architectures import NETWORKS
 
 Content = tuple[str, str]  # what a set's images and labels are, in the words of the table
+DISTILLED = (
+    "distilled",
+    "true",
+    "distilled",
+)  # images, labels and step sizes of a set, in the words of the table
 FIXED = "LeNet, fixed initialization"
 UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize` calls them
 SCRATCH = "from scratch by Adam"
 SEEN = 96_000  # images that a network sees from scratch
 SCRATCH_STEP_SIZES = (1e-3, 3e-3)  # candidates
-# To distill images for training from scratch: an inner loop like it, and the outer loop.
-LONG_TRAINING = {"epochs": 300, "momentum": 0.9, "soft_labels": True, "step_size": 0.01}
-FOR_SCRATCH = {"batch_size": 512, "learning_rate": 0.05, "step_size_learning_rate": 0}
 STEP_SIZES = {  # candidates for a constant one
     "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
     "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),
@@ -128,49 +130,78 @@ def neighbor_accuracy(
 
 
 # --------------------------------------------------------------------------------- controls of a schedule
-def validation_accuracy(
-    experiment: Experiment, distilled: du.DistilledSet, *, networks: int = 5
-) -> float:
-    """The mean accuracy on validation images, to choose settings by."""
-    options = {"networks": experiment.reduced(networks), "seed": du.VALIDATION_SEED}
-    validation, make_network = experiment.dataset.validation, experiment.make_network
-    return du.evaluate(distilled, validation, make_network, **options).mean
+class Controls:
+    """Undistilled images trained on like a distilled set, with step sizes that are chosen on validation images.
+
+    Args:
+        experiment: whose controls they are.
+        dataset: what they teach, by default the experiment's.
+        make_network: whom they teach.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        dataset: du.Dataset | None = None,
+        make_network: du.Factory = du.LeNet,
+    ) -> None:
+        self.experiment, self.make_network = experiment, make_network
+        self.dataset = dataset or experiment.dataset
+
+    def validate(self, control: du.DistilledSet) -> float:
+        """The mean accuracy on validation images."""
+        options = {"networks": self.experiment.reduced(10), "seed": du.VALIDATION_SEED}
+        return du.evaluate(control, self.dataset.validation, self.make_network, **options).mean
+
+    def with_constant_step_size(self, control: du.DistilledSet) -> du.DistilledSet:
+        """A copy of the set with the one of STEP_SIZES that has the best validation accuracy."""
+        candidates = self.experiment.some(STEP_SIZES[control.inner["optimizer"]])
+        options = {"networks": self.experiment.reduced(5), "step_sizes": candidates}
+        return du.best_constant_step_size(control, self.dataset, self.make_network, **options)
+
+    def with_learned_step_sizes(
+        self, control: du.DistilledSet, *, iterations: int
+    ) -> du.DistilledSet:
+        """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
+        learned = copy.deepcopy(control)
+        options = {"dataset": self.dataset, "make_network": self.make_network, "batch_size": 128}
+        rates = {"learning_rate": 0, "step_size_learning_rate": 0.03}  # 0 keeps images and labels
+        self.experiment.improve(learned, iterations=iterations, **options, **rates)
+        return learned
+
+    def choose(
+        self, sets: dict[Content, du.DistilledSet], schedule: du.DistilledSet, *, iterations: int
+    ) -> dict[tuple[str, str, str], du.DistilledSet]:
+        """Undistilled sets with several schedules, by images, labels and step sizes.
+
+        Every set gets its best constant step size. The best of them then borrows the step sizes of the distilled set
+        `schedule`. The best whose labels are not distilled, either, learns step sizes of its own for so many
+        iterations, from the constant or the borrowed ones, whichever are better.
+        """
+
+        def borrow(content: Content) -> du.DistilledSet:
+            return copy.deepcopy(constant[content]).set_step_sizes(schedule.step_sizes)
+
+        constant = {key: self.with_constant_step_size(control) for key, control in sets.items()}
+        order = sorted(constant, key=lambda content: self.validate(constant[content]))
+        *_, undistilled = (content for content in order if content[1] != "distilled")
+        start = max(constant[undistilled], borrow(undistilled), key=self.validate)
+        chosen = {(*content, "constant"): control for content, control in constant.items()}
+        chosen[(*order[-1], "distilled")] = borrow(order[-1])
+        learned = self.with_learned_step_sizes(start, iterations=iterations)
+        return chosen | {(*undistilled, "learned"): learned}
 
 
-def best_constant_step_size(
-    experiment: Experiment, control: du.DistilledSet, make_network: du.Factory | None = None
-) -> du.DistilledSet:
-    """A copy of the set with the one of STEP_SIZES that has the best validation accuracy."""
-    candidates = experiment.some(STEP_SIZES[control.inner["optimizer"]])
-    options = {"networks": experiment.reduced(5), "step_sizes": candidates}
-    options["make_network"] = make_network or experiment.make_network
-    return du.best_constant_step_size(control, experiment.dataset, **options)
-
-
-def learn_step_sizes(
-    experiment: Experiment, control: du.DistilledSet, *, iterations: int = 200
-) -> du.DistilledSet:
-    """A copy of the set whose step sizes, one for each update, are learned by Algorithm 1; its images stay."""
-    learned = copy.deepcopy(control)
-    options = {"learning_rate": 0, "step_size_learning_rate": 0.03}  # 0 keeps images and labels
-    experiment.improve(learned, iterations=iterations, batch_size=128, **options)
-    return learned
-
-
-def with_schedule_of(schedule: du.DistilledSet, images: Tensor, labels: Tensor) -> du.DistilledSet:
-    """Other stored images and labels with the decoder and the schedule of a distilled set."""
-    options = {"step_size": schedule.step_sizes.detach(), "bits": schedule.bits}
-    decoder = copy.deepcopy(schedule.decoder)
-    return du.DistilledSet(images, labels, decoder=decoder, **options, **schedule.inner)
-
-
-def undistilled_sets(distilled: du.DistilledSet, dataset: du.Dataset) -> dict[str, du.DistilledSet]:
-    """Undistilled images with true labels, as many as a set has, in its parametrization and with its schedule, by what
-    they are."""
+def undistilled_sets(
+    distilled: du.DistilledSet, dataset: du.Dataset
+) -> dict[Content, du.DistilledSet]:
+    """Undistilled images, as many as a distilled set has, with its schedule, by what images and labels are."""
     (steps, n, classes), sets = distilled.labels.shape, {}
+    options = {"step_size": distilled.step_sizes.detach(), **distilled.inner}
     for title, kind in UNDISTILLED.items():
-        images, labels = du.initialize(dataset, kind, steps=steps, per_class=n // classes)
-        sets[title] = with_schedule_of(distilled, images, labels)
+        images, true = du.initialize(dataset, kind, steps=steps, per_class=n // classes)
+        for name, labels in label_kinds(distilled, true).items():
+            sets[title, name] = du.DistilledSet(images, labels, **options)
     return sets
 
 
@@ -188,39 +219,3 @@ def label_kinds(distilled: du.DistilledSet, labels: Tensor) -> dict[str, Tensor]
 def hard_labels(labels: Tensor) -> Tensor:
     """Probabilities [..., classes] as one-hot labels of the most probable classes."""
     return F.one_hot(labels.argmax(-1), labels.shape[-1]).to(labels)
-
-
-def schedule_controls(experiment: Experiment) -> None:
-    """Undistilled images in place of those of the set whose controls they are, by as many updates."""
-    name = experiment.name.removeprefix("controls-")
-    name += f"-seed{experiment.seed}" * (experiment.seed > 0)
-    distilled = experiment.load(name)
-    for images, control in undistilled_sets(distilled, experiment.dataset).items():
-        kinds = label_kinds(distilled, control.labels)
-        compare_schedules(experiment, distilled, control, kinds, images=images, set=name)
-
-
-def compare_schedules(
-    experiment: Experiment,
-    distilled: du.DistilledSet,
-    control: du.DistilledSet,
-    kinds: dict[str, Tensor],
-    **columns: str,
-) -> None:
-    """Measures control images with several `kinds` of labels, by as many updates as the distilled set.
-
-    Every kind of labels gets its best constant step size. The kind that is best on validation images is then tested
-    with step sizes learned for these very images by the same outer loop, and with those of the distilled set.
-    """
-    sets = {}
-    for kind, labels in kinds.items():
-        undistilled = with_schedule_of(control, control.images, labels)
-        sets["constant", kind] = best_constant_step_size(experiment, undistilled)
-    constant, best = max(sets, key=lambda key: validation_accuracy(experiment, sets[key]))
-    images = sets[constant, best]
-    sets["learned", best] = learn_step_sizes(experiment, images)
-    sets["distilled", best] = copy.deepcopy(images).set_step_sizes(distilled.step_sizes)
-    network = {"network": FIXED, "networks": 1} if experiment.fixed else {"networks": 50}
-    for (step_sizes, labels), images in sets.items():
-        columns |= {"labels": labels, "step_sizes": step_sizes, **network}
-        measure_schedule(experiment, images, experiment.make_network, **columns)

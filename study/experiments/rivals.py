@@ -8,7 +8,7 @@ from functools import partial
 
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe
-from study.experiments.protocols import FOR_SCRATCH, LONG_TRAINING, UNDISTILLED, measure_scratch
+from study.experiments.protocols import UNDISTILLED, measure_scratch
 from study.methods.matching import feature_distance, gradient_distance, match
 from study.methods.truncation import NetworkPool
 
@@ -29,6 +29,9 @@ class Rival:
 
 GRADIENTS, FEATURES, UNROLLED = "gradient matching", "distribution matching", "unrolled training"
 DISTANCES = {GRADIENTS: gradient_distance, FEATURES: feature_distance}
+# Unrolled training learns images for training from scratch: an inner loop like it, and the outer loop.
+LONG_TRAINING = {"epochs": 300, "momentum": 0.9, "soft_labels": True, "step_size": 0.01}
+FOR_SCRATCH = {"batch_size": 512, "learning_rate": 0.05, "step_size_learning_rate": 0}
 MATCHED = {"matches": 10, "updates": 5, "batch_size": 32, "learning_rate": 0.1}
 RIVALS = (  # learning rates chosen on validation images
     *(Rival(images) for images in UNDISTILLED),

@@ -14,10 +14,8 @@ import torch
 import distill_utils as du
 from study.experiments.experiment import Experiment, Recipe, find_set
 from study.experiments.protocols import (
-    FOR_SCRATCH,
-    LONG_TRAINING,
+    Controls,
     hard_labels,
-    learn_step_sizes,
     measure_schedule,
     measure_scratch,
     neighbor_accuracy,
@@ -32,7 +30,6 @@ from study.methods.compression import (
     stored_bytes,
     train_teacher,
 )
-from study.methods.truncation import NetworkPool
 
 SEEDS = (0, 1, 2)
 HELD_OUT = ("ViT", "MLP-Mixer", "GRU over rows", "ConvNeXt-like")
@@ -125,7 +122,7 @@ def distilled(
         options: of `make_compressed`.
     """
     start = in_steps(make_compressed(experiment, **options), size)
-    control = learn_step_sizes(experiment, start, iterations=iterations)
+    control = Controls(experiment).with_learned_step_sizes(start, iterations=iterations)
     rates = {"learning_rate": 0.01, "step_size_learning_rate": 0.01}
     name = experiment.distill(start, iterations=iterations, batch_size=256, **rates)
     stored = experiment.load(name)
@@ -146,19 +143,6 @@ def in_steps(fitted: du.DistilledSet, size: tuple[int, int, int]) -> du.Distille
     options = {"soft_labels": True, "label_smoothing": 0.1, "bits": fitted.bits}
     options |= {"optimizer": "Adam", "step_size": 0.003, "epochs": epochs}
     return du.DistilledSet(*content, decoder=copy.deepcopy(fitted.decoder), **options)
-
-
-def whole(experiment: Experiment) -> None:
-    """Ten whole images in 8 bits, distilled for training from scratch, beside the class means that they start from."""
-    means = du.initialize(experiment.dataset, "k-means", steps=1)
-    distilled = du.DistilledSet(*means, bits=8, **LONG_TRAINING)
-    outer = {**FOR_SCRATCH, "unroll": NetworkPool(10, window=60)}
-    columns = {"set": experiment.distill(distilled, iterations=1400, **outer)}
-    columns |= {"images": "distilled", "labels": "distilled"}
-    measure_bytes(experiment, **columns)
-    measure_scratch(experiment, experiment.load(columns["set"]), TESTED, **columns)
-    columns |= {"images": "k-means", "labels": "true"}
-    measure_scratch(experiment, du.DistilledSet(*means), TESTED, **columns)
 
 
 # ---------------------------------------------------------------------------- networks in place of sets
@@ -188,7 +172,6 @@ EXPERIMENTS = {
         for dataset, sizes in SIZES.items()
         for size in sizes
     },
-    "mnist-8kB-whole": Recipe(whole, SEEDS),
     "mnist-networks": Recipe(networks, SEEDS),
     "fashion-networks": Recipe(networks, SEEDS),
 }

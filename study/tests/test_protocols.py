@@ -6,8 +6,8 @@ from torch import nn
 
 import distill_utils as du
 from study.experiments import protocols
+from study.experiments.experiment import Experiment
 from study.experiments.protocols import train_from_scratch
-from study.methods.decoders import low_resolution
 from tests.conftest import Smooth, assert_same
 
 
@@ -55,17 +55,33 @@ def test_bad_options_are_named(distilled, name, value):
 
 def test_controls_have_the_form_and_the_schedule_of_the_set(toy):
     options = {"epochs": 3, "step_size": torch.rand(6), "optimizer": "Adam", "soft_labels": True}
-    low = low_resolution(*du.initialize(toy, "real", steps=2), **options)
-    control = protocols.with_schedule_of(
-        low, low.images.detach() + 1, protocols.hard_labels(low.labels)
-    )
-    torch.testing.assert_close(control.step_sizes, low.step_sizes)
-    assert control.inner == low.inner
-    assert control.decode().shape == low.decode().shape
-    assert torch.equal(control.labels.sum(-1), control.labels.max(-1).values)
-    kinds = protocols.label_kinds(low, control.labels)
-    assert list(kinds) == ["true", "smoothed by 0.1", "smoothed by 0.3", "distilled"]
-    assert all((labels.argmax(-1) == control.labels.argmax(-1)).all() for labels in kinds.values())
+    images, labels = du.initialize(toy, "real", steps=2)
+    distilled = du.DistilledSet(images, labels, label_smoothing=0.2, **options)
+    controls = protocols.undistilled_sets(distilled, toy)
+    kinds = ["true", "smoothed by 0.1", "smoothed by 0.3", "distilled"]
+    assert list(controls) == [(name, kind) for name in protocols.UNDISTILLED for kind in kinds]
+    for control in controls.values():
+        torch.testing.assert_close(control.step_sizes, distilled.step_sizes)
+        assert control.inner == distilled.inner
+        assert control.images.shape == images.shape
+        assert (control.labels.argmax(-1) == labels.argmax(-1)).all()
+
+
+def test_controls_get_step_sizes_of_their_own_and_borrowed_ones(toy, tmp_path):
+    """Labels of the distilled set are borrowed, too: what has them learns no step sizes."""
+    experiment = Experiment("toy-digits", 0, tmp_path, torch.device("cpu"), "")
+    pair = du.initialize(toy, "real", steps=2)
+    schedule = du.DistilledSet(*pair, step_size=torch.tensor([0.2, 0.4]))
+    sets = {("real", kind): du.DistilledSet(*pair) for kind in ("true", "distilled")}
+    chosen = protocols.Controls(experiment, toy, Smooth).choose(sets, schedule, iterations=3)
+    learned = chosen.pop(("real", "true", "learned"))
+    assert all(torch.equal(images.images, pair[0]) for images in (learned, *chosen.values()))
+    *constant, borrowed = chosen
+    assert constant == [(*content, "constant") for content in sets]
+    assert borrowed[2] == "distilled"
+    torch.testing.assert_close(chosen[borrowed].step_sizes, schedule.step_sizes)
+    starts = [*chosen.values()]
+    assert not any(torch.equal(learned.step_sizes, start.step_sizes) for start in starts)
 
 
 def test_neighbors_classify_their_own_images_correctly():
