@@ -29,7 +29,7 @@ from study.experiments.protocols import FIXED, UNDISTILLED, scratch_epochs, trai
 from study.experiments.storage import COMPRESSED, DISTILLED, FORMATS, HELD_OUT, SIZES
 from study.methods.compression import stored_bytes
 
-SETS = ("mnist-ipc10-30updates", *DISTILLED, *COMPRESSED)
+SETS = (*DISTILLED, *COMPRESSED)
 SHIPPED = [name for name in SETS if (ROOT / "distilled" / f"{name}.safetensors").exists()]
 CONTENT = ["images", "labels", "step_sizes"]
 

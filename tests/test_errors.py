@@ -85,8 +85,8 @@ BAD = [
     (lambda t: make_dataset(validation=9), "validation=9: give fewer than the 9"),
     # what is not there
     (lambda t: du.load_mnist("any", name="CIFAR10", device="cpu"), "name='CIFAR10': give MNIST"),
-    (lambda t: du.load("mnist-3"), r"cannot load .*mnist-3 .*there are .*mnist-ipc10"),
-    (lambda t: du.load("mnist-ipc10-30updates", device="tpu"), "mnist-ipc10-30updates .*tpu"),
+    (lambda t: du.load("mnist-3"), r"cannot load .*mnist-3 .*there are .*mnist-4kB"),
+    (lambda t: du.load("mnist-4kB-50updates", device="tpu"), "mnist-4kB-50updates .*tpu"),
     (lambda t: du.pick_device("gpu"), r"device='gpu': not on this machine; give auto, .*cpu"),
 ]
 

@@ -60,7 +60,7 @@ def test_a_loaded_set_is_the_saved_one(path, distilled):
 def read_as_documented(path: Path) -> dict:
     """What the README's programs make of a file: they read it and decode its images."""
     names = {"torch": torch}
-    exec(READ.replace("distilled/mnist-ipc10-30updates.safetensors", str(path)) + SEEN, names)
+    exec(READ.replace("distilled/mnist-4kB-50updates.safetensors", str(path)) + SEEN, names)
     return names
 
 

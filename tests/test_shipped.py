@@ -15,7 +15,6 @@ from tests.test_files import read_as_documented, train_as_documented
 FOLDER = Path(du.__file__).with_name("distilled")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 FLOORS = {  # percent that a LeNet and an MLP surely reach
-    "mnist-ipc10-30updates": (70, 55),
     "mnist-4kB-50updates": (88, 72),
     "mnist-8kB": (90, 82),
     "mnist-31kB": (92, 84),
@@ -48,11 +47,9 @@ def test_a_set_holds_what_its_name_says(name):
     seen = distilled.decode()
     assert seen.shape[2:] == (1, 28, 28)
     assert distilled.labels.shape == (*seen.shape[:2], 10)
-    if size := re.search(r"(\d+)kB", name):
-        tensors = safetensors.torch.load_file(FOLDER / f"{name}.safetensors").values()
-        assert sum(8 + tensor.nbytes for tensor in tensors) <= 1000 * int(size[1])
-    else:
-        assert seen[..., 0, 0, 0].numel() == 10 * int(re.search(r"ipc(\d+)", name)[1])
+    tensors = safetensors.torch.load_file(FOLDER / f"{name}.safetensors").values()
+    kilobytes = int(re.search(r"(\d+)kB", name)[1])
+    assert sum(8 + tensor.nbytes for tensor in tensors) <= 1000 * kilobytes
     if updates := re.search(r"(\d+)updates", name):
         assert distilled.updates == int(updates[1])
 

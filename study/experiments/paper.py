@@ -50,8 +50,6 @@ def distill_images(
     per_class: int = 1,
     epochs: int = 3,
     step_size: float = 0.03,
-    soft_labels: bool = False,
-    optimizer: str = "SGD",
     **options,
 ) -> None:
     """Images distilled by the paper's method, tested on unseen random initializations.
@@ -64,8 +62,7 @@ def distill_images(
     """
     content = {"steps": steps, "per_class": per_class, "std": 0.3, "seed": experiment.seed}
     images = du.initialize(experiment.dataset, init, **content)
-    inner = {"epochs": epochs, "step_size": step_size, "optimizer": optimizer}
-    distilled = du.DistilledSet(*images, soft_labels=soft_labels, **inner)
+    distilled = du.DistilledSet(*images, epochs=epochs, step_size=step_size)
     network = {"make_network": du.LeNet}
     if fixed:
         network = {"make_network": du.fixed_initialization(du.LeNet, seed=experiment.seed)}
@@ -285,14 +282,12 @@ def sweep(steps: int, per_class: int, epochs: int) -> Recipe:
 FIXED_NOISE = partial(distill_images, fixed=True, init="noise", learning_rate=0.02)
 HUNDRED = partial(distill_images, iterations=ITERATIONS, batch_size=128)
 TEN = partial(FIXED_NOISE, steps=1, iterations=16_000, step_size=0.15, controls=True)
-SOFT = dict(init="k-means", soft_labels=True, optimizer="Adam", step_size=0.003, iterations=4000)
 EXPERIMENTS = {
     "fixed-10": Recipe(TEN, SEEDS),
     "fixed-100": Recipe(partial(FIXED_NOISE, iterations=1500), SEEDS),
     "random-noise": Recipe(partial(HUNDRED, init="noise", controls=True), SEEDS),
     "random-real": Recipe(HUNDRED, SEEDS),
     "random-real-5-epochs": Recipe(partial(HUNDRED, epochs=5), SEEDS),
-    "mnist-ipc10-30updates": Recipe(partial(HUNDRED, **SOFT, controls=True)),
     "attack": Recipe(attack),
     "adapt-digits-to-mnist": Recipe(partial(adaptation, source="digits")),
     "adapt-mnist-to-digits": Recipe(partial(adaptation, source="MNIST")),

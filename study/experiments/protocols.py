@@ -26,11 +26,7 @@ UNDISTILLED = {"random real": "real", "k-means": "k-means"}  # as `du.initialize
 SCRATCH = "from scratch by Adam"
 SEEN = 96_000  # images that a network sees from scratch
 SCRATCH_STEP_SIZES = (1e-3, 3e-3)  # candidates
-STEP_SIZES = {  # candidates for a constant one
-    "SGD": (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3),
-    "Adam": (0.0003, 0.0006, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03),
-}
-SMOOTHING = (0.1, 0.3)  # candidates where the labels of the distilled set are free, too
+STEP_SIZES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)  # candidates for a constant one
 
 
 # ---------------------------------------------------------------------------------- learned schedules
@@ -155,7 +151,7 @@ class Controls:
 
     def with_constant_step_size(self, control: du.DistilledSet) -> du.DistilledSet:
         """A copy of the set with the one of STEP_SIZES that has the best validation accuracy."""
-        candidates = self.experiment.some(STEP_SIZES[control.inner["optimizer"]])
+        candidates = self.experiment.some(STEP_SIZES)
         options = {"networks": self.experiment.reduced(5), "step_sizes": candidates}
         return du.best_constant_step_size(control, self.dataset, self.make_network, **options)
 
@@ -174,46 +170,28 @@ class Controls:
     ) -> dict[tuple[str, str, str], du.DistilledSet]:
         """Undistilled sets with several schedules, by images, labels and step sizes.
 
-        Every set gets its best constant step size. The best of them then borrows the step sizes of the distilled set
-        `schedule`. The best whose labels are not distilled, either, learns step sizes of its own for so many
-        iterations, from the constant or the borrowed ones, whichever are better.
+        Every set gets its best constant step size. The best of them also borrows the step sizes of the distilled set
+        `schedule`, and learns step sizes of its own for so many iterations, from whichever of the two is better.
         """
-
-        def borrow(content: Content) -> du.DistilledSet:
-            return copy.deepcopy(constant[content]).set_step_sizes(schedule.step_sizes)
-
         constant = {key: self.with_constant_step_size(control) for key, control in sets.items()}
-        order = sorted(constant, key=lambda content: self.validate(constant[content]))
-        *_, undistilled = (content for content in order if content[1] != "distilled")
-        start = max(constant[undistilled], borrow(undistilled), key=self.validate)
-        chosen = {(*content, "constant"): control for content, control in constant.items()}
-        chosen[(*order[-1], "distilled")] = borrow(order[-1])
+        best = max(constant, key=lambda content: self.validate(constant[content]))
+        borrowed = copy.deepcopy(constant[best]).set_step_sizes(schedule.step_sizes)
+        start = max(constant[best], borrowed, key=self.validate)
         learned = self.with_learned_step_sizes(start, iterations=iterations)
-        return chosen | {(*undistilled, "learned"): learned}
+        chosen = {(*content, "constant"): control for content, control in constant.items()}
+        return chosen | {(*best, "distilled"): borrowed, (*best, "learned"): learned}
 
 
 def undistilled_sets(
     distilled: du.DistilledSet, dataset: du.Dataset
 ) -> dict[Content, du.DistilledSet]:
-    """Undistilled images, as many as a distilled set has, with its schedule, by what images and labels are."""
+    """Undistilled images with true labels, as many as a distilled set has and with its schedule, by what they are."""
     (steps, n, classes), sets = distilled.labels.shape, {}
     options = {"step_size": distilled.step_sizes.detach(), **distilled.inner}
     for title, kind in UNDISTILLED.items():
-        images, true = du.initialize(dataset, kind, steps=steps, per_class=n // classes)
-        for name, labels in label_kinds(distilled, true).items():
-            sets[title, name] = du.DistilledSet(images, labels, **options)
+        pair = du.initialize(dataset, kind, steps=steps, per_class=n // classes)
+        sets[title, "true"] = du.DistilledSet(*pair, **options)
     return sets
-
-
-def label_kinds(distilled: du.DistilledSet, labels: Tensor) -> dict[str, Tensor]:
-    """True labels [steps, n, classes]; where the set has learned its own, also smoothed ones and those of the set."""
-    kinds = {"true": labels}
-    if distilled.labels.max(-1).values.min() < 1:
-        uniform = 1 / labels.shape[-1]
-        for share in SMOOTHING:
-            kinds[f"smoothed by {share}"] = (1 - share) * labels + share * uniform
-        kinds["distilled"] = distilled.labels.detach()
-    return kinds
 
 
 def hard_labels(labels: Tensor) -> Tensor:
