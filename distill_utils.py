@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
+Data = Pair | torch.utils.data.Dataset
 Device = torch.device | str
 # `higher` adds eps before the bias correction, torch.optim.Adam after it. With torch's eps of 1e-8,
 # the slope of an update explodes where a gradient is 0.
@@ -552,7 +553,7 @@ def as_ensemble(network: nn.Module) -> nn.Module:
     return network if isinstance(network, Ensemble) else Ensemble([copy.deepcopy(network)])
 
 
-def sample_networks(make_network: Factory, count: int, device: torch.device) -> list[nn.Module]:
+def sample_networks(make_network: Factory, count: int, device: Device) -> list[nn.Module]:
     """Samples networks from torch's random state."""
     remedy = "give the factory, or fixed_initialization(...)"
     require(not isinstance(make_network, nn.Module), f"make_network: is a network; {remedy}")
@@ -562,7 +563,7 @@ def sample_networks(make_network: Factory, count: int, device: torch.device) -> 
 def fixed_initialization(make_network: Factory, *, seed: int) -> Factory:
     """A factory of copies of one network drawn from `seed`: the paper's fixed initialization."""
     with seeded(seed):
-        (network,) = sample_networks(make_network, 1, torch.device("cpu"))
+        (network,) = sample_networks(make_network, 1, "cpu")
     return lambda: copy.deepcopy(network)
 
 
@@ -640,24 +641,27 @@ class Dataset:
     classes: int
 
 
-def make_dataset(name: str, train: Pair, test: Pair, *, validation: int, device: Device) -> Dataset:
-    """Makes a `Dataset` of pairs: pixels [n, c, h, w] in 0..1, integer labels [n]. A fixed shuffle,
-    the same in every run, moves `validation` images out of `train`. Raises ValueError where shapes
-    or ranges are wrong."""
-    train, test = (tuple(map(torch.as_tensor, pair)) for pair in (train, test))
+def make_dataset(name: str, train: Data, test: Data, *, validation: int, device: Device) -> Dataset:
+    """Makes a `Dataset` of pixels [n, c, h, w] in 0..1 and integer labels [n]: pairs of tensors, or
+    torch datasets of images and labels. A fixed shuffle, the same in every run, moves `validation`
+    images out of `train`. Raises ValueError where shapes or ranges are wrong."""
+    collate = torch.utils.data.default_collate
+    pairs = (part if isinstance(part, Sequence) else collate([*part]) for part in (train, test))
+    train, test = (tuple(map(torch.as_tensor, pair)) for pair in pairs)
     for part, (pixels, labels) in {"test": test, "train": train}.items():
         sound = pixels.ndim == 4 and len(pixels) > 0 and labels.shape == pixels.shape[:1]
+        sound = sound and (pixels.shape[1] <= 4 or pixels.shape[3] > 4)  # else channels last
         found = f"{part}: pixels {list(pixels.shape)}, labels {list(labels.shape)}"
-        require(sound, f"{found}; give [n, c, h, w] and [n]")
+        require(sound, f"{found}; give [n, c, h, w], as by permute(0, 3, 1, 2), and [n]")
         low, high = pixels.aminmax()
         require(
             0 <= low < high <= 1, f"{part}: pixels lie in {low:g}..{high:g}; scale them to 0..1"
         )
     classes = labels.unique()
-    sound = classes.tolist() == [*range(len(classes))]
-    require(sound, f"train: labels {classes.tolist()[:12]}; number the classes 0, 1, 2, ...")
-    sound = torch.isin(test[1], classes).all()
-    require(sound, f"test: labels {test[1].unique().tolist()[:12]}; give those of train")
+    found = f"train: labels {classes.tolist()[:12]}"
+    require(classes.tolist() == [*range(len(classes))], f"{found}; number the classes 0, 1, 2, ...")
+    found = f"test: labels {test[1].unique().tolist()[:12]}"
+    require(torch.isin(test[1], classes).all(), f"{found}; give those of train")
     require_counts(validation=validation)
     require(validation < len(labels), f"{validation=}: give fewer than the {len(labels)} of train")
     mean, std = float(pixels.float().mean()), float(pixels.float().std())
@@ -674,8 +678,8 @@ def load_mnist(root: str | Path, *, device: Device, name: str = "MNIST") -> Data
     """Loads MNIST, FashionMNIST or KMNIST from the folder `root`, or downloads it there: 55,000
     training, 5,000 validation and 10,000 test images. Raises FileNotFoundError, with the remedy,
     where neither works."""
-    sound = name in ("MNIST", "FashionMNIST", "KMNIST")
-    require(sound, f"{name=}: give MNIST, FashionMNIST or KMNIST")
+    names = "MNIST", "FashionMNIST", "KMNIST"
+    require(name in names, f"{name=}: give one of {', '.join(names)}")
     load, new = getattr(torchvision.datasets, name), not Path(root).exists()
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(patience or 30)  # seconds; torchvision would wait forever
@@ -701,10 +705,10 @@ def load_digits(*, device: Device) -> Dataset:
 
     pixels, labels = map(torch.from_numpy, datasets.load_digits(return_X_y=True))
     pixels = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 16, size=20, mode="bilinear")
-    rows = model_selection.train_test_split(
-        range(len(labels)), test_size=300, random_state=0, stratify=labels
+    parts = model_selection.train_test_split(
+        F.pad(pixels, [4] * 4), labels, test_size=300, random_state=0, stratify=labels
     )
-    pairs = ((F.pad(pixels[part], [4, 4, 4, 4]), labels[part]) for part in rows)
+    pairs = parts[::2], parts[1::2]
     return make_dataset("scikit-learn digits", *pairs, validation=200, device=device)
 
 
@@ -789,7 +793,6 @@ def train(
     epochs: int,
     batch_size: int = 64,
     optimizer: torch.optim.Optimizer | None = None,
-    transform: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> nn.Module:
     """Trains a network or an ensemble in place, by SGD with momentum or by `optimizer`, and returns
     it. Labels may be probabilities [n, classes]. Torch's random state shuffles."""
@@ -797,7 +800,7 @@ def train(
     for _ in range(epochs):
         for rows in torch.randperm(len(split.labels)).to(split.labels.device).split(batch_size):
             optimizer.zero_grad()
-            cross_entropy(network(transform(split.images[rows])), split.labels[rows]).backward()
+            cross_entropy(network(split.images[rows]), split.labels[rows]).backward()
             optimizer.step()
     return network
 
@@ -860,10 +863,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(unfinished, "rb+") as file:
             os.fsync(file)
         unfinished.replace(path)
-        with suppress(OSError):  # not every system opens folders
-            folder = os.open(unfinished.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 from torch import nn
-from torch.utils.data import default_collate
+from torch.utils.data import random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -15,10 +15,9 @@ import distill_utils as du
 
 to_pixels = v2.Compose([v2.Resize((32, 32)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 folder = ImageFolder(sys.argv[1], transform=to_pixels)
-pixels, labels = default_collate([*folder])  # [n, 3, 32, 32] in 0..1, [n]
-order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-train, test = ((pixels[rows], labels[rows]) for rows in order.tensor_split([len(order) * 4 // 5]))
-mine = du.make_dataset("mine", train, test, validation=len(train[1]) // 10, device="cpu")
+torch.manual_seed(0)
+train, test = random_split(folder, [0.8, 0.2])
+mine = du.make_dataset("mine", train, test, validation=len(train) // 10, device="cpu")
 
 
 def make_network():

@@ -3,7 +3,7 @@
 python -m study.results     write the cards in distilled/, the READMEs' tables and the figure again
 
 results = Results()
-print(results.accuracies(experiment="random-noise"))  # mean ± std over all networks of three sets
+print(results.accuracies(experiment="random-real"))  # mean ± std over all networks of three sets
 """
 
 from __future__ import annotations

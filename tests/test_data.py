@@ -36,6 +36,16 @@ def test_splits_are_disjoint_the_same_in_every_run_and_leave_the_test_images_as_
     assert torch.equal(again.validation.images, dataset.validation.images)
 
 
+def test_torch_datasets_of_images_and_labels_are_taken():
+    pixels, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 4
+    options = {"validation": 10, "device": "cpu"}
+    of_tensors = du.make_dataset("tensors", *[(pixels, labels)] * 2, **options)
+    collection = torch.utils.data.TensorDataset(pixels, labels)
+    dataset = du.make_dataset("torch", collection, collection, **options)
+    assert torch.equal(dataset.train.images, of_tensors.train.images)
+    assert torch.equal(dataset.test.labels, labels)
+
+
 def test_arrays_lists_three_channels_and_other_number_types_are_taken():
     pixels = np.random.default_rng(0).integers(0, 2, (40, 4, 4, 3), "uint8").transpose(0, 3, 1, 2)
     labels = [0, 1] * 20

@@ -75,6 +75,7 @@ BAD = [
     (lambda t: evaluate(t, images=t.test.images / 0), "split: some images are not finite"),
     # du.make_dataset
     (lambda t: make_dataset(PIXELS[:, 0]), r"pixels \[9, 4, 4\].*give \[n, c, h, w\]"),
+    (lambda t: make_dataset(torch.rand(9, 8, 8, 3)), r"give .* as by permute\(0, 3, 1, 2\)"),
     (lambda t: make_dataset(PIXELS[:0], LABELS[:0]), r"pixels \[0, 1, 4, 4\].*; give"),
     (lambda t: make_dataset(255 * PIXELS), r"pixels lie in .* scale them to 0\.\.1"),
     (lambda t: make_dataset(PIXELS * math.nan), "pixels lie in nan"),
@@ -84,7 +85,10 @@ BAD = [
     (lambda t: make_dataset(test=(255 * PIXELS, LABELS)), "test:? pixels lie in .* scale them"),
     (lambda t: make_dataset(validation=9), "validation=9: give fewer than the 9"),
     # what is not there
-    (lambda t: du.load_mnist("any", name="CIFAR10", device="cpu"), "name='CIFAR10': give MNIST"),
+    (
+        lambda t: du.load_mnist("any", name="CIFAR10", device="cpu"),
+        "name='CIFAR10': give one of MNIST",
+    ),
     (lambda t: du.load("mnist-3"), r"cannot load .*mnist-3 .*there are .*mnist-4kB"),
     (lambda t: du.load("mnist-4kB-50updates", device="tpu"), "mnist-4kB-50updates .*tpu"),
     (lambda t: du.pick_device("gpu"), r"device='gpu': not on this machine; give auto, .*cpu"),

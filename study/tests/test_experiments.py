@@ -23,7 +23,7 @@ from study.experiments.experiment import (
 )
 
 KINDS = """fixed-10 random-noise baselines random-samples nearest-neighbors
-adapt-digits-to-mnist attack add-one-network-pool add-one-multi-formation rival-k-means rival-gradient-matching
+adapt-digits-to-mnist attack ablation-network-pool ablation-multi-formation rival-k-means rival-gradient-matching
 rival-unrolled-training mnist-8kB mnist-4kB-50updates mnist-4kB-real mnist-networks"""
 
 
