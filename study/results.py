@@ -130,7 +130,7 @@ def headline(results: Results) -> pd.DataFrame:
     names = lines.pop("experiment")
     pairs = [(main_rows(results, name), control_rows(results, name)) for name in names]
     controls = [strongest(rows) for _, rows in pairs]
-    lines["best control"] = [f"{count(rows)}, {rows.images.iloc[0]} images" for rows in controls]
+    lines["best control"] = [f"{rows.images.iloc[0]}: {count(rows)}" for rows in controls]
     lines["this project"] = [count(rows) for rows, _ in pairs]
     return lines
 
