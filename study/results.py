@@ -101,14 +101,15 @@ def control_rows(results: Results, name: str) -> pd.DataFrame:
 
 
 def lead(rows: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float]:
-    """By how many points the mean is above that of a control, and the standard error: over the seeds that both have, or
-    over networks where that is a single one."""
+    """By how many points the mean is above that of a control, and the standard error: over the seeds that both have,
+    over kinds of network where that is a single one, and over networks of a single kind."""
     parts = [part[part.seed.isin({*rows.seed} & {*control.seed})] for part in (rows, control)]
     du.require(len(parts[0]) > 0, "control: it has no seed of the rows; measure it from the same")
-    ours, theirs = (part.groupby("seed").value.mean() for part in parts)
-    points = ours - theirs
-    if len(points) > 1:
-        return points.mean(), points.std() / len(points) ** 0.5
+    for unit in ("seed", "network"):
+        ours, theirs = (part.groupby(unit).value.mean() for part in parts)
+        points = ours - theirs
+        if len(points) > 1:
+            return points.mean(), points.std() / len(points) ** 0.5
     return points.mean(), sum(part.value.var() / len(part) for part in parts) ** 0.5
 
 

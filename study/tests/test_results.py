@@ -14,6 +14,7 @@ from study.experiments.experiment import RESULTS, ROOT, WHAT, add_rows
 from study.results import (
     SHIPPED,
     Results,
+    beside_reported,
     card,
     control_rows,
     count,
@@ -58,11 +59,12 @@ def test_a_table_has_mean_deviation_and_n(small):
 
 
 def test_a_lead_is_over_the_seeds_that_both_have_or_over_networks():
-    rows = pd.DataFrame({"seed": [0, 0, 1, 1], "value": [80.0, 82, 90, 92]})
-    control = pd.DataFrame({"seed": [0, 1, 2], "value": [78.0, 84, 0]})
+    rows = pd.DataFrame({"seed": [0, 0, 1, 1], "network": "a", "value": [80.0, 82, 90, 92]})
+    control = pd.DataFrame({"seed": [0, 1, 2], "network": "a", "value": [78.0, 84, 0]})
     assert lead(rows, control) == pytest.approx((5, 2))  # 3 and 7 points
-    single = pd.DataFrame({"seed": [0, 0], "value": [70.0, 74]})
-    assert lead(rows, single) == pytest.approx((9, (2 / 2 + 8 / 2) ** 0.5))
+    kinds = pd.DataFrame({"seed": 0, "network": ["a", "a", "b"], "value": [70.0, 74, 60]})
+    assert lead(kinds, kinds.assign(value=[70, 70, 54])) == pytest.approx((4, 2))  # 2 and 6
+    assert lead(rows[:2], kinds[:2]) == pytest.approx((9, (2 / 2 + 8 / 2) ** 0.5))
     with pytest.raises(ValueError, match="no seed of the rows"):
         lead(rows, control[2:])
 
@@ -143,4 +145,5 @@ def test_a_control_is_undistilled_and_the_strongest_of_its_training(name):
 def test_the_documented_example_prints_the_main_result(capsys):
     readme = (ROOT / "study" / "README.md").read_text()
     exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {})
-    assert capsys.readouterr().out == "83.2 ± 1.8%\n"
+    table = beside_reported(Results(), "random-real").here
+    assert table.iloc[0].startswith(capsys.readouterr().out.strip("%\n"))
