@@ -152,7 +152,7 @@ ARMS = {  # title: the end of the experiments' names, the images and their label
     "real images": ("-real", "real", "true", "C7s-"),
     "real images, teacher's labels": ("-real", "real", "teacher", "C7s--"),
     "small real images, teacher's labels": ("-real", "small real", "teacher", "C8D--"),
-    "compressed set": ("", "compressed", "teacher", "C0o-"),
+    "compressed set": ("(-50updates)?", "compressed", "teacher", "C0o-"),
     "distilled set": ("-50updates", "distilled", "distilled", "C3o-"),
 }
 ACCURACIES = (30, 50, 70, 80, 90, 95, 97, 98, 99)  # marked on the axis
@@ -162,17 +162,19 @@ def mean_by_size(
     results: Results, experiments: str, networks: Sequence[str], images: str, labels: str
 ) -> pd.DataFrame:
     """Kilobytes, the mean accuracy and its standard deviation over seeds, of experiments whose names match a regular
-    expression. Every kind of network counts as much."""
+    expression. Every kind of network counts as much. A set before distillation is as large as after it."""
     rows, points = results.measurements, []
-    rows = rows[rows.experiment.str.fullmatch(experiments) & (rows.images == images)]
-    rows = rows[rows.labels.isin([labels, ""])]  # a set's size has no labels
-    measured = rows[rows.network.isin(networks) & (rows.metric == "accuracy")]
+    rows = rows[rows.experiment.str.fullmatch(experiments)]
+    content = (rows.images == images) & rows.labels.isin([labels, ""])
+    measured = rows[content & rows.network.isin(networks) & (rows.metric == "accuracy")]
     measured = measured[~measured.training.str.contains("updates")]  # by a learned schedule
+    sizes = rows[rows.network.isin([*networks, ""]) & (rows.metric == "bytes")]
     for experiment, group in measured.groupby("experiment"):
         seeds = group.groupby(["seed", "network"]).value.mean().groupby("seed").mean()
-        sizes = rows[(rows.experiment == experiment) & (rows.metric == "bytes")]
-        sizes = sizes[sizes.network.isin([*networks, ""])]
-        points.append((sizes.value.mean() / 1000, seeds.mean(), seeds.std()))
+        stored = sizes[sizes.experiment == experiment]
+        same = content[stored.index]
+        stored = stored[same] if same.any() else stored
+        points.append((stored.value.mean() / 1000, seeds.mean(), seeds.std()))
     names = ["kilobytes", "accuracy", "deviation"]
     return pd.DataFrame(points, columns=names).sort_values("kilobytes").fillna({"deviation": 0})
 
