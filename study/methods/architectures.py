@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import distill_utils as du
 
 
-def make_convnet(width: int = 32) -> nn.Sequential:
-    """ConvNet-3, by default at a quarter of its width of 128: three blocks of convolution, instance normalization, ReLU
-    and average pooling."""
-    blocks = []
+def make_convnet() -> nn.Sequential:
+    """ConvNet-3 at a quarter of its width of 128: three blocks of convolution, instance normalization, ReLU and average
+    pooling."""
+    width, blocks = 32, []
     for channels in (1, width, width):
         convolution = nn.Conv2d(channels, width, 3, padding=1)
         blocks += [convolution, nn.GroupNorm(width, width), nn.ReLU(), nn.AvgPool2d(2)]

@@ -19,6 +19,7 @@ import distill_utils as du
 # Labels: four levels of log-probability, from 1 to 0.001.
 LABELS = {"soft_labels": True, "label_smoothing": 0.01, "label_bits": 2}
 CODE_BITS = 4  # of a code's number, and of a decoder's weight
+BATCH = 13  # images of each class in a minibatch of an autoencoder
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -59,7 +60,6 @@ def fit_decoder(
     generator: bool,
     beta: float,
     iterations: int,
-    per_class: int = 13,
     seed: int = 0,
 ) -> tuple[du.CodeDecoder, nn.Module]:
     """A variational autoencoder (Kingma and Welling 2014) whose decoder has weights of few bits.
@@ -70,16 +70,15 @@ def fit_decoder(
         generator: whether the decoder is one, which gets the class beside the code.
         beta: weight of the codes' divergence from normal samples.
         iterations: updates by Adam.
-        per_class: images of each class in a minibatch.
 
     Returns the decoder and the encoder, which turns pixels [n, c × h × w] into codes [n, codes] and, behind them, the
     logarithms of their standard deviations.
     """
-    du.require_counts(codes=codes, iterations=iterations, per_class=per_class)
+    du.require_counts(codes=codes, iterations=iterations)
     (images, labels), device = dataset.train, dataset.train.images.device
     members = [(labels == label).nonzero().flatten() for label in range(dataset.classes)]
-    one_hot = torch.eye(dataset.classes * generator).repeat(per_class, 1).to(images)
-    points = du.normal_points(per_class, codes).repeat_interleave(dataset.classes, 0)
+    one_hot = torch.eye(dataset.classes * generator).repeat(BATCH, 1).to(images)
+    points = du.normal_points(BATCH, codes).repeat_interleave(dataset.classes, 0)
     points = points.to(images) * generator
     with du.seeded(seed):
         decoder = du.CodeDecoder(codes, channels, images.shape[1:], one_hot.shape[1]).to(device)
@@ -89,7 +88,7 @@ def fit_decoder(
         optimizer = torch.optim.Adam([*decoder.parameters(), *encoder.parameters()], lr=3e-3)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
         for _ in range(iterations):
-            rows = [rows[torch.randint(len(rows), (per_class,))] for rows in members]
+            rows = [rows[torch.randint(len(rows), (BATCH,))] for rows in members]
             batch = images[torch.stack(rows, 1).flatten()]  # in which the classes take turns
             inputs = torch.cat([batch.flatten(1), *[one_hot] * generator], 1)
             mean, log_std = encoder(inputs).clamp(-6, 6).chunk(2, 1)

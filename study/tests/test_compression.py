@@ -32,7 +32,7 @@ def teacher(digits) -> du.Ensemble:
 
 
 def fit(digits, kind, *, iterations, seed=0):
-    options = {"codes": 6, "channels": (6, 4), "iterations": iterations, "per_class": 4}
+    options = {"codes": 6, "channels": (6, 4), "iterations": iterations}
     return fit_decoder(digits, **options, **KINDS[kind], seed=seed)
 
 
