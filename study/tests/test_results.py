@@ -113,7 +113,16 @@ def test_a_stored_set_trains_networks_as_stored(mnist_root):
 def test_the_card_is_that_of_the_stored_results(name):
     text = card(name, Results())
     assert text == (ROOT / "distilled" / f"{name}.md").read_text(), "run python -m study.results"
-    compile(text.split("```")[1].removeprefix("python\n"), name, "exec")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_program_of_a_card_trains_a_network(name, mnist_root, tmp_path, monkeypatch, capsys):
+    """In three epochs, where it trains from scratch."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(mnist_root)
+    program = (ROOT / "distilled" / f"{name}.md").read_text().split("```python")[1].split("```")[0]
+    exec(re.sub(r"epochs=\d+", "epochs=3", program), {})
+    assert float(capsys.readouterr().out.strip().rstrip("%")) > 60
 
 
 @pytest.mark.parametrize(("folder", "make_table"), [("", headline), ("distilled", sets_table)])
