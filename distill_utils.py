@@ -176,9 +176,12 @@ class Distillation:
             for iteration in bar:
                 if iteration % self.validate_every == 0 or not self.history.accuracy:
                     self.validate()
-                loss, accuracy = self.step(), self.history.accuracy[-1]
+                loss = self.step()
+                if self.iteration == self.iterations:
+                    self.validate()
+                accuracy = self.history.accuracy[-1]
                 bar.set_postfix_str(f"loss {loss:.3f}, validation {accuracy:.1f}%", refresh=False)
-            self.validate()
+            self.validate()  # if an interrupt came before it did
         except KeyboardInterrupt:
             done = f"{self.iteration} of {self.iterations} iterations"
             raise KeyboardInterrupt(f"stopped after {done}, which the set keeps") from None
@@ -587,7 +590,10 @@ def check_network(
         try:
             alone = network(images)
             shape, needed = getattr(alone, "shape", type(alone)), (len(images), classes)
-            require(shape == needed, f"make_network: returns {shape}; give scores {needed}")
+            remedy = f"give scores {needed}, [images, classes]"
+            require(shape == needed, f"make_network: returns {shape}; {remedy}")
+            likely = (alone.sum(-1) - 1).abs().max() < 1e-4
+            require(not likely, "make_network: returns probabilities; leave out the softmax")
             scores = ensemble(images)
             loss = cross_entropy(scores, torch.arange(len(images), device=images.device) % classes)
             slopes = torch.autograd.grad(
@@ -680,17 +686,16 @@ def load_mnist(root: str | Path, *, device: Device, name: str = "MNIST") -> Data
     where neither works."""
     names = "MNIST", "FashionMNIST", "KMNIST"
     require(name in names, f"{name=}: give one of {', '.join(names)}")
-    load, new = getattr(torchvision.datasets, name), not Path(root).exists()
+    load = getattr(torchvision.datasets, name)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(patience or 30)  # seconds; torchvision would wait forever
     try:
         parts = [load(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # damaged files raise errors of many kinds
-        raw = Path(root, name, "raw")
-        for folder in [raw, raw.parent] + [Path(root)] * new:  # which torchvision made
-            with suppress(OSError):  # it is not empty, or not there
-                folder.rmdir()
-        remedy = f"delete {raw} and connect to the internet once, or put {name}'s four files there"
+        folder = f"{root}/{name}/raw"
+        remedy = (
+            f"delete {folder} and connect to the internet once, or put {name}'s four files there"
+        )
         raise FileNotFoundError(f"root='{root}': {name} is missing or damaged; {remedy}") from error
     finally:
         socket.setdefaulttimeout(patience)
@@ -776,7 +781,10 @@ def best_constant_step_size(
 
 def train_on(network: nn.Module, distilled: DistilledSet) -> nn.Module:
     """A copy of the network, trained on the distilled set: an ordinary module, to use and save.
-    Raises ValueError for a network that `check_network` refuses."""
+    Raises ValueError for a network that `check_network` refuses, and for a set without a schedule.
+    """
+    scheduled = "from_scratch" not in getattr(distilled, "metadata", ())
+    require(scheduled, "distilled: has no schedule; train from scratch, as its card shows")
     images, classes = distilled.decode()[0].detach(), distilled.labels.shape[-1]
     check_network(lambda: copy.deepcopy(network), images, classes, differentiable=False)
     (trained,) = unroll(network, distilled, differentiable=False)
@@ -874,8 +882,9 @@ def load(
     """Loads a set of the folder `distilled` by its name, or what `save` wrote by its path.
 
     A set with a decoder of your own needs a `decoder` of that class, which takes the weights of the
-    file. Labels come back fixed, soft ones too, and a set of few bits as floats. Raises ValueError
-    where there is no such set, or where its file is damaged or contradicts itself.
+    file. Labels come back fixed, soft ones too, and a set of few bits as floats. `metadata` of the
+    set has what the file says, such as the mean and the std of pixels, to normalize others. Raises
+    ValueError where there is no such set, or where its file is damaged or contradicts itself.
     """
     folder = Path(__file__).with_name("distilled")
     known = {file.stem: file for file in folder.glob("*.safetensors")}
@@ -904,6 +913,7 @@ def load(
         inner = metadata["inner"]
         distilled = DistilledSet(images, labels, decoder=decoder, step_size=step_size, **inner)
         distilled.iterations += metadata["iterations"]
+        distilled.metadata = metadata
     except Exception as error:  # damaged files raise errors of many kinds
         others = "" if Path(path).exists() else f"; there are {', '.join(sorted(known))}"
         raise ValueError(f"cannot load a distilled set from {name} ({error}){others}") from error
@@ -951,14 +961,13 @@ def require_counts(**counts: object) -> None:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The named device; "auto" picks cuda where there is one, else mps, else cpu. Raises ValueError
-    where there is no such device."""
-    names = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+    """The named device; "auto" picks a GPU or another accelerator where there is one, else cpu.
+    Raises ValueError where there is no such device."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        return torch.empty(1, device=names[0] if device == "auto" else device).device
+        return torch.empty(1, device=here if device == "auto" else device).device
     except (AssertionError, RuntimeError):
-        remedy = f"give auto, {' or '.join(names)}"
-        raise ValueError(f"{device=}: not on this machine; {remedy}") from None
+        raise ValueError(f"{device=}: not on this machine; give auto, cuda, mps or cpu") from None
 
 
 @contextmanager

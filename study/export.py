@@ -16,7 +16,7 @@ import tyro
 from torchvision.transforms.functional import to_pil_image
 
 import distill_utils as du
-from study.experiments.experiment import ROOT, read_metadata
+from study.experiments.experiment import ROOT
 
 HEADER = """---
 license: mit
@@ -63,9 +63,10 @@ def main(folder: tyro.conf.Positional[Path]) -> None:
     """
     paths = sorted((ROOT / "distilled").glob("*.safetensors"))
     for path in paths:
-        distilled, metadata, tensors = du.load(path), read_metadata(path), folder / path.stem
+        distilled, tensors = du.load(path), folder / path.stem
+        notes = distilled.metadata
         tensors.mkdir(parents=True, exist_ok=True)
-        table = as_table(distilled, mean=float(metadata["mean"]), std=float(metadata["std"]))
+        table = as_table(distilled, mean=float(notes["mean"]), std=float(notes["std"]))
         table.to_parquet(folder / f"{path.stem}.parquet")
         torch.save(distilled.decode().flatten(0, 1).detach(), tensors / "images.pt")
         torch.save(distilled.labels.flatten(0, 1).detach().clone(), tensors / "labels.pt")

@@ -22,7 +22,6 @@ from study.experiments.experiment import (
     RESULTS,
     ROOT,
     find_set,
-    read_metadata,
     read_table,
 )
 from study.experiments.protocols import FIXED, UNDISTILLED, scratch_epochs, training
@@ -276,19 +275,19 @@ Soft labels are those of a *teacher*, four LeNets trained on all images, and cou
 
 def card(name: str, results: Results) -> str:
     """What a user of a shipped set wants to know, in Markdown."""
-    distilled, metadata = du.load(name), read_metadata(find_set(name))
+    distilled = du.load(name)
     control, main = strongest(control_rows(results, name)), main_rows(results, name)
-    table = pd.Series(facts(distilled, metadata)).reset_index()
+    table = pd.Series(facts(distilled)).reset_index()
     rows = results.rows(experiment=[name, f"{name}-real"])
     rows = rows[rows.network != "nearest neighbor"]
     return CARD.format(
         name=name,
-        about=about(distilled, name, metadata["dataset"]),
+        about=about(distilled, name),
         main=count(main),
         control=count(control),
         words=words(control),
         facts=table.set_axis(["", " "], axis=1).to_markdown(index=False),
-        use=use_code(distilled, name, metadata["dataset"]),
+        use=use_code(distilled, name),
         controls=CONTROLS[name in COMPRESSED],
         accuracies=summarize(rows, ["training", *CONTENT], "network")
         .reset_index()
@@ -296,26 +295,19 @@ def card(name: str, results: Results) -> str:
     )
 
 
-def about(distilled: du.DistilledSet, name: str, dataset: str) -> str:
+def about(distilled: du.DistilledSet, name: str) -> str:
     """A sentence on what a set is and how large."""
-    kind, images = (
-        "compressed" if name in COMPRESSED else "distilled",
-        distilled.labels[..., 0].numel(),
-    )
-    how = (
-        ", stored as codes for one small decoder"
-        if isinstance(distilled.decoder, du.CodeDecoder)
-        else ""
-    )
-    if how and distilled.decoder.options["classes"]:
-        how = ", which a small generator makes"
+    kind = "compressed" if name in COMPRESSED else "distilled"
+    generated = distilled.decoder.options["classes"] > 0
+    how = "which a small generator makes" if generated else "stored as codes for one small decoder"
+    what = f"{distilled.labels[..., 0].numel():,} {kind} images for {distilled.metadata['dataset']}"
     size = stored_bytes(find_set(name)) / 1000
-    return f"{images:,} {kind} images for {dataset} with soft labels{how}: {size:.{1 if size < 10 else 0}f} kB."
+    return f"{what} with soft labels, {how}: {size:.{1 if size < 10 else 0}f} kB."
 
 
-def use_code(distilled: du.DistilledSet, name: str, dataset: str) -> str:
+def use_code(distilled: du.DistilledSet, name: str) -> str:
     """Python that trains a LeNet on a set, as the set is meant to be used."""
-    load = LOAD.format(name=name, dataset=dataset)
+    load = LOAD.format(name=name, dataset=distilled.metadata["dataset"])
     if name not in COMPRESSED:
         return load + SCHEDULE
     return "import torch\n\n" + load + TRAIN.format(epochs=scratch_epochs(distilled))
@@ -335,8 +327,9 @@ def sets_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=head)
 
 
-def facts(distilled: du.DistilledSet, metadata: dict) -> dict[str, str]:
+def facts(distilled: du.DistilledSet) -> dict[str, str]:
     """What a set's file says, by topic."""
+    metadata = distilled.metadata
     mean, std = float(metadata["mean"]), float(metadata["std"])
     low, high = (float(value) * std + mean for value in distilled.decode().detach().aminmax())
     schedule = f"{training(distilled)}, in the stored order with the stored step sizes"

@@ -45,10 +45,11 @@ def distilled(request, toy, path) -> du.DistilledSet:
     return distilled
 
 
-def test_a_loaded_set_is_the_saved_one(path, distilled):
+def test_a_loaded_set_is_the_saved_one(path, distilled, toy):
     loaded = du.load(path)
     assert type(loaded.decoder) is type(distilled.decoder)
     assert (loaded.inner, int(loaded.iterations)) == (distilled.inner, 7)
+    assert (loaded.metadata["mean"], loaded.metadata["network"]) == (toy.mean, "Smooth")
     exact = {"rtol": 0, "atol": 0 if distilled.bits is None else 1e-5}
     for ours, theirs in zip(loaded.schedule(), distilled.schedule(), strict=True):
         torch.testing.assert_close(ours[0], theirs[0], **exact)

@@ -67,6 +67,12 @@ def test_the_program_of_a_card_reaches_the_cards_accuracy(name, mnist_root, monk
     assert reached > stated - (8 if "epochs" in program else 5)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "updates" not in name])
+def test_a_set_without_a_schedule_is_not_trained_on_by_one(name):
+    with pytest.raises(ValueError, match="has no schedule; train from scratch, as its card shows"):
+        du.train_on(du.LeNet(), du.load(name))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_kinds_of_network_learn_from_the_documented_format_alone(name, mnist_root):
     """By the set's schedule, or by Adam, which shows about 20,000 images."""

@@ -242,6 +242,7 @@ REFUSED = {
     "another size": (du.LeNet, r"fails on images \[[34], 1, 4, 4\]"),
     "unused layer": (changed(lambda n: n[2].add_module("a", linear(2, 2)())), lost("2.a.weight")),
     "detached layer": (partial(dense, Calls(lambda n, x: x.detach())), lost("1.weight")),
+    "probabilities": (changed(lambda n: n.append(nn.Softmax(-1))), "returns probabilities; leave"),
     "no weights": (lambda: Calls(lambda n, x: x.flatten(1)[:, :3]), "has no weights to train"),
     "a module for a factory": (dense(), "is a network; give the factory, or fixed_initialization"),
 }

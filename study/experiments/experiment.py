@@ -6,7 +6,6 @@ experiment and seed, and the distilled sets in sets/.
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import time
@@ -16,7 +15,6 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import safetensors
 import torch
 
 import distill_utils as du
@@ -114,11 +112,16 @@ class Experiment:
         return usual | options | {"iterations": self.reduced(options["iterations"])}
 
     def save(
-        self, distilled: du.DistilledSet, *, label: str = "", dataset: du.Dataset | None = None
+        self,
+        distilled: du.DistilledSet,
+        *,
+        label: str = "",
+        dataset: du.Dataset | None = None,
+        **notes: object,
     ) -> str:
-        """Saves a set and returns its name."""
+        """Saves a set, with notes, and returns its name."""
         name = "-".join(filter(None, [self.name, label, f"seed{self.seed}" * (self.seed > 0)]))
-        notes = {"network": "LeNet", "seed": self.seed, "versions": runs.versions()}
+        notes |= {"network": "LeNet", "seed": self.seed, "versions": runs.versions()}
         notes["command"] = f"python -m study --only {self.name}"
         path = self.folder / "sets" / f"{name}.safetensors"
         du.save(distilled, path, dataset=dataset or self.dataset, **notes)
@@ -162,12 +165,6 @@ def find_set(name: str, folder: Path = RESULTS) -> Path:
     """The file of a set: in a folder of results, in the stored results, or else in `distilled/`."""
     paths = [place / "sets" / f"{name}.safetensors" for place in (folder, RESULTS)]
     return next(filter(Path.exists, paths), ROOT / "distilled" / paths[0].name)
-
-
-def read_metadata(path: Path) -> dict:
-    """What a distilled set's file says beside its tensors."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["distilled_set"])
 
 
 def commit() -> str:

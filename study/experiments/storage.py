@@ -84,7 +84,7 @@ def measure_bytes(experiment: Experiment, *, set: str, **columns: str) -> None:
 def compressed(experiment: Experiment, **options) -> None:
     """A compressed set, with its labels and with the most probable classes alone."""
     fitted = make_compressed(experiment, **options)
-    columns = {"set": experiment.save(fitted), "images": "compressed"}
+    columns = {"set": experiment.save(fitted, from_scratch=True), "images": "compressed"}
     measure_bytes(experiment, **columns)
     measure_scratch(experiment, fitted, TESTED, labels="teacher", **columns)
     hard = du.DistilledSet(fitted.decode().detach(), hard_labels(fitted.labels.detach()))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import distill_utils as du
 from study.__main__ import EXPERIMENTS
-from study.experiments.experiment import RESULTS, ROOT, WHAT, add_rows
+from study.experiments.experiment import KEY, RESULTS, ROOT, WHAT, add_rows, read_table
 from study.results import (
     SHIPPED,
     Results,
@@ -87,9 +87,12 @@ def test_the_figure_has_kilobytes_and_means_in_which_networks_count_alike(tmp_pa
     assert drawn == [[[7.99, 72.5], [246.824, 98]], [[7.99, 55.5]]]
 
 
-def test_every_stored_row_belongs_to_an_experiment_and_names_a_set_that_loads():
-    results = Results()
+def test_every_stored_row_belongs_to_an_experiment_a_commit_and_a_set_that_loads():
+    results, runs = Results(), read_table(RESULTS, "runs")
     assert set(results.measurements.experiment) <= set(EXPERIMENTS)
+    pairs = [set(map(tuple, table[KEY].values)) for table in (results.measurements, runs)]
+    assert pairs[0] == pairs[1]
+    assert runs.commit.str.fullmatch("[0-9a-f]{7,}").all(), "some code was not committed"
     assert not results.measurements.value.isna().any()
     shipped = {path.stem for path in (ROOT / "distilled").glob("*.safetensors")}
     stored = {path.stem for path in (RESULTS / "sets").glob("*.safetensors")}
@@ -113,16 +116,6 @@ def test_a_stored_set_trains_networks_as_stored(mnist_root):
 def test_the_card_is_that_of_the_stored_results(name):
     text = card(name, Results())
     assert text == (ROOT / "distilled" / f"{name}.md").read_text(), "run python -m study.results"
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_the_program_of_a_card_trains_a_network(name, mnist_root, tmp_path, monkeypatch, capsys):
-    """In three epochs, where it trains from scratch."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(mnist_root)
-    program = (ROOT / "distilled" / f"{name}.md").read_text().split("```python")[1].split("```")[0]
-    exec(re.sub(r"epochs=\d+", "epochs=3", program), {})
-    assert float(capsys.readouterr().out.strip().rstrip("%")) > 60
 
 
 @pytest.mark.parametrize(("folder", "make_table"), [("", headline), ("distilled", sets_table)])
