@@ -64,10 +64,10 @@ def test_what_the_notebook_claims_held_for_five_seeds():
     table = pd.read_csv(ROOT / "tests" / "tutorial_seeds.csv").set_index("MNIST")
     fixed = table.loc["one initialization, 10 images, 3 updates"]
     hundred = table.loc["any initialization, 100 images, 30 updates"]
-    ten = table.loc["any initialization, 40 small images, 50 updates"]
-    assert all(sorted(rows.seed) == [0, 1, 2, 3, 4] for rows in (fixed, hundred, ten))
+    forty = table.loc["any initialization, 40 small images, 50 updates"]
+    assert all(sorted(rows.seed) == [0, 1, 2, 3, 4] for rows in (fixed, hundred, forty))
     assert (fixed.accuracy > fixed["its accuracy"] + 30).all(), "no control comes near"
-    for rows in (hundred, ten):
+    for rows in (hundred, forty):
         assert (rows.lead > 2 * rows["standard error"]).all()
 
 
