@@ -60,15 +60,11 @@ class Experiment:
     quick: bool = False
     rows: list[dict] = field(default_factory=list, init=False)
 
-    def load_dataset(self, name: str) -> du.Dataset:
-        """MNIST, FashionMNIST or digits."""
-        return load_dataset(name, self.data_root, self.device, self.quick)
-
     @property
     def dataset(self) -> du.Dataset:
-        """Fashion-MNIST or scikit-learn's digits where the experiment's name says so, else MNIST."""
+        """Fashion-MNIST where the experiment's name says so, else MNIST."""
         name = "FashionMNIST" if "fashion" in self.name else "MNIST"
-        return self.load_dataset("digits" if self.name.endswith("digits") else name)
+        return load_dataset(name, self.data_root, self.device, self.quick)
 
     @property
     def checkpoints(self) -> Path:
@@ -151,8 +147,6 @@ class Experiment:
 @cache
 def load_dataset(name: str, root: str, device: torch.device, quick: bool) -> du.Dataset:
     """A dataset, once in a process; for a quick run, a part of it."""
-    if name == "digits":
-        return du.load_digits(device=device)
     dataset = du.load_mnist(root, name=name, device=device)
     if not quick:
         return dataset

@@ -29,11 +29,6 @@ from study.experiments.protocols import (
 SEEDS = (0, 1, 2)  # of the distillations behind the paper's main figures
 ATTACKS = ((0, 1), (3, 8), (9, 4))  # the class attacked, and the one that networks should predict
 PRETRAINING = {"MNIST": (1, 128), "scikit-learn digits": (15, 32)}  # epochs, batch size
-SWEEPS = {  # steps, images of each class in a step, epochs
-    "steps": [(1, 10, 3), (5, 2, 3), (10, 1, 3)],
-    "epochs": [(10, 1, 1), (10, 1, 3), (10, 1, 5), (10, 1, 10)],
-    "images": [(1, 1, 30), (2, 1, 15), (5, 1, 6), (10, 1, 3), (30, 1, 1)],
-}
 ITERATIONS = 800  # of distillation for random initializations, and of learning step sizes
 UPDATES = (10, 30, 50)  # that baselines choose from
 
@@ -47,12 +42,11 @@ def distill_images(
     controls: bool = False,
     init: str = "real",
     steps: int = 10,
-    per_class: int = 1,
-    epochs: int = 3,
     step_size: float = 0.03,
     **options,
 ) -> None:
-    """Images distilled by the paper's method, tested on unseen random initializations.
+    """Images distilled by the paper's method, one of each class in a step, for three epochs; tested on unseen random
+    initializations.
 
     Args:
         iterations: of distillation, and of learning step sizes for the controls.
@@ -60,9 +54,9 @@ def distill_images(
         controls: tests undistilled images beside them, on the networks that they are made for.
         options: of `du.Distillation`.
     """
-    content = {"steps": steps, "per_class": per_class, "std": 0.3, "seed": experiment.seed}
+    content = {"steps": steps, "std": 0.3, "seed": experiment.seed}
     images = du.initialize(experiment.dataset, init, **content)
-    distilled = du.DistilledSet(*images, epochs=epochs, step_size=step_size)
+    distilled = du.DistilledSet(*images, epochs=3, step_size=step_size)
     network = {"make_network": du.LeNet}
     if fixed:
         network = {"make_network": du.fixed_initialization(du.LeNet, seed=experiment.seed)}
@@ -197,9 +191,9 @@ def distill_pretrained(
         measure_all(experiment, sets, **options, **columns)
 
 
-def adaptation(experiment: Experiment, *, source: str) -> None:
-    """Networks trained on one kind of digits learn another from a hundred images, in thirty updates."""
-    before, after = experiment.load_dataset(source), experiment.dataset
+def adaptation(experiment: Experiment) -> None:
+    """Networks trained on scikit-learn's digits learn MNIST from a hundred images, in thirty updates."""
+    before, after = du.load_digits(device=experiment.device), experiment.dataset
     pretrained, held_out = pretrain(experiment, before)
     columns = {"network": f"LeNet pretrained on {before.name}"}
     values = [du.accuracy(network, after.test) for network in held_out]
@@ -269,16 +263,6 @@ def attack(experiment: Experiment) -> None:
 
 
 # --------------------------------------------------------------------------------------- experiments
-def sweep_name(steps: int, per_class: int, epochs: int) -> str:
-    return f"sweep-{steps}x{10 * per_class}x{epochs}"
-
-
-def sweep(steps: int, per_class: int, epochs: int) -> Recipe:
-    """Another number of steps, images or epochs, with fewer iterations."""
-    options = {"steps": steps, "per_class": per_class, "epochs": epochs}
-    return Recipe(partial(HUNDRED, **options | {"iterations": ITERATIONS // 4}))
-
-
 FIXED_NOISE = partial(distill_images, fixed=True, init="noise", learning_rate=0.02)
 HUNDRED = partial(distill_images, iterations=ITERATIONS, batch_size=128)
 TEN = partial(FIXED_NOISE, steps=1, iterations=16_000, step_size=0.15, controls=True)
@@ -287,12 +271,9 @@ EXPERIMENTS = {
     "fixed-100": Recipe(partial(FIXED_NOISE, iterations=1500), SEEDS),
     "random-noise": Recipe(partial(HUNDRED, init="noise", controls=True), SEEDS),
     "random-real": Recipe(HUNDRED, SEEDS),
-    "random-real-5-epochs": Recipe(partial(HUNDRED, epochs=5), SEEDS),
     "attack": Recipe(attack),
-    "adapt-digits-to-mnist": Recipe(partial(adaptation, source="digits")),
-    "adapt-mnist-to-digits": Recipe(partial(adaptation, source="MNIST")),
+    "adapt-digits-to-mnist": Recipe(adaptation),
     "baselines": Recipe(baselines),
     "random-samples": Recipe(random_samples),
     "nearest-neighbors": Recipe(nearest_neighbors),
-    **{sweep_name(*point): sweep(*point) for points in SWEEPS.values() for point in points},
 }

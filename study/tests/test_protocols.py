@@ -65,8 +65,8 @@ def test_controls_have_the_form_and_the_schedule_of_the_set(toy):
         assert torch.equal(control.labels, labels)
 
 
-def test_the_best_control_gets_borrowed_and_learned_step_sizes(toy, tmp_path):
-    experiment = Experiment("toy-digits", 0, tmp_path, torch.device("cpu"), "")
+def test_the_best_control_gets_borrowed_and_learned_step_sizes(toy, tmp_path, mnist_root):
+    experiment = Experiment("toy", 0, tmp_path, torch.device("cpu"), mnist_root)
     images, labels = du.initialize(toy, "real", steps=2)
     schedule = du.DistilledSet(images, labels, step_size=torch.tensor([0.2, 0.4]))
     sets = {
