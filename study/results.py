@@ -278,8 +278,8 @@ CONTROLS = {
     True: """*Real* images are packed by LZMA into as many bytes, *small* ones with 14×14 pixels and 16 levels of gray.
 Soft labels are those of a *teacher*, four LeNets trained on all images, and count; true ones take no bytes.
 Training from scratch takes the better of the step sizes 0.001 and 0.003, on validation images.""",
-    False: """The *compressed* set is the one that distillation started from. Other controls are real images in at most as
-many bytes, whole or small, with true labels or a teacher's.""",
+    False: """The *compressed* set is the one that distillation started from. Other controls are real images in at most
+as many bytes, whole or small, with true labels or a teacher's.""",
 }
 
 
