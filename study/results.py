@@ -71,10 +71,8 @@ def summarize(rows: pd.DataFrame, index: list[str], columns: str | None = None) 
 
 def count(rows: pd.DataFrame) -> str:
     """An accuracy and the networks behind it: n=100, or n=3×100 where there are three sets."""
-    accuracies, counts = (
-        du.Accuracies(torch.tensor(rows.value.to_numpy())),
-        rows.seed.value_counts(),
-    )
+    accuracies = du.Accuracies(torch.tensor(rows.value.to_numpy()))
+    counts = rows.seed.value_counts()  # of networks
     alike = len(counts) > 1 and counts.nunique() == 1
     networks = f"{len(counts)}×{counts.iloc[0]}" if alike else f"{len(rows)}"
     return f"{str(accuracies).removesuffix('%')} (n={networks})"

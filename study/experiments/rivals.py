@@ -1,4 +1,4 @@
-"""Three ways to improve whole images in two minutes, and what networks trained on them from scratch reach."""
+"""Three ways to improve whole images in a minute and a half, and what networks trained on them from scratch reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from study.methods.truncation import NetworkPool
 
 @dataclass(frozen=True)
 class Rival:
-    """A hundred whole images that a method improves for LeNet in two minutes, from random real ones; or undistilled
+    """A hundred whole images that a method improves for LeNet in a minute and a half, from random real ones; or undistilled
     ones."""
 
     method: str
