@@ -15,8 +15,8 @@ from study.methods.truncation import NetworkPool
 
 @dataclass(frozen=True)
 class Rival:
-    """A hundred whole images that a method improves for LeNet in a minute and a half, from random real ones; or undistilled
-    ones."""
+    """A hundred whole images that a method improves for LeNet in a minute and a half, from random real ones; or
+    undistilled ones."""
 
     method: str
     iterations: int = 0
